@@ -1,0 +1,96 @@
+"""Where runs and their checkpoints lie on the disk, and reading one without running code from it.
+
+    lightning_logs/version_3/checkpoints/step=250-val_loss=1.8123.ckpt    the best so far
+    lightning_logs/version_3/checkpoints/last.ckpt                        the last step
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOGS = "lightning_logs"
+BEST_NAME = "step={step}-val_loss={val_loss:.4f}"  # Lightning fills in the metrics
+LAST_NAME = "last"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint where one is needed, or a file that is not one of ours."""
+
+
+def newest_run(root: str | Path = ".") -> Path:
+    """The run under `root`/lightning_logs whose checkpoint was written last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoints = list(Path(root, LOGS).glob("*/checkpoints/*.ckpt"))
+    if not checkpoints:
+        raise CheckpointError(
+            f"no run with a checkpoint under {Path(root, LOGS).absolute()}\n"
+            "train one first: python -m chargpt fit --config configs/cpu.yaml"
+        )
+    newest = max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.parts))
+    return newest.parents[1]
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of lowest validation loss, or the last where the run has not validated yet."""
+    scores = {}
+    for path in run.glob("checkpoints/*.ckpt"):
+        if match := re.search(r"val_loss=(\d+\.\d+)", path.name):
+            scores[path] = (float(match[1]), -path.stat().st_mtime_ns)
+    return min(scores, key=scores.__getitem__) if scores else last_checkpoint(run)
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint of the last step, or the newest there is where the run was cut short."""
+    last = run / "checkpoints" / f"{LAST_NAME}.ckpt"
+    if last.exists():
+        return last
+    return max(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def resolve_checkpoint(name: str | Path | None, root: str | Path = ".") -> Path:
+    """The file that "best" (or None), "last" or a path stands for.
+
+    Raises:
+        CheckpointError: there is no such file, or no run yet.
+    """
+    if name in (None, "best"):
+        return best_checkpoint(newest_run(root))
+    if name == "last":
+        return last_checkpoint(newest_run(root))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path.absolute()}")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load tensors and plain values, onto the CPU; code in the file is refused, not run.
+
+    Raises:
+        CheckpointError: the file is truncated, of another project, or holds more than plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # zip, pickle and torch each raise their own
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: it is truncated, damaged, or holds code\n"
+            "take an earlier checkpoint with --ckpt_path PATH, or train anew"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {
+        "vocabulary",
+        "state_dict",
+        "hyper_parameters",
+        "datamodule_hyper_parameters",
+    } <= set(checkpoint):
+        raise CheckpointError(
+            f"{path} is a checkpoint of another project or another version of this one\n"
+            "chargpt reads the checkpoints that `python -m chargpt fit` writes"
+        )
+    return checkpoint
