@@ -1,0 +1,181 @@
+"""What a run shows while it trains: a summary, the speed, samples of what the model writes."""
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from chargpt.writer import Writer
+
+LONG_RUN_S = 30 * 60  # a run without a GPU that takes longer is worth a word
+TIMED_STEPS = 3
+
+
+class ProgressBar(TQDMProgressBar):
+    """Counts steps towards max_steps; reads the metrics, which waits for the device, only now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pause_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines
+        self.shown = 0.0
+
+    @property
+    def total_train_batches(self) -> int | float:
+        steps = self.trainer.max_steps
+        return steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.due() or trainer.global_step == trainer.max_steps:
+            super().on_train_batch_end(trainer, *args)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self.due():
+            super().on_validation_batch_end(*args)
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if due := now - self.shown >= self.pause_s:
+            self.shown = now
+        return due
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(*args)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class Summary(Callback):
+    """Says at the start what is trained on what, and where it is kept."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        data, device = trainer.datamodule, trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        blocks = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        parameters = sum(p.numel() for p in module.gpt.parameters())
+        print(
+            f"model    {parameters:,} parameters\n"
+            f"corpus   {data.corpus.path}: {len(data.corpus.tokens):,} characters, "
+            f"{len(data.vocabulary)} different; {len(data.train_tokens):,} to train, "
+            f"{len(data.val_tokens):,} to validate\n"
+            f"step     {blocks} blocks of {data.hparams.block_size} characters "
+            f"({data.hparams.batch_size} per device x {trainer.world_size} devices"
+            f" x {trainer.accumulate_grad_batches} accumulated)\n"
+            f"device   {name}, precision {trainer.precision}\n"
+            f"run      {trainer.log_dir}"
+        )
+        if trainer.global_step:
+            print(f"goes on  after step {trainer.global_step}")
+        if device.type == "cpu" and "bf16" in str(trainer.precision):
+            warn_if_bf16_crawls()
+
+
+def warn_if_bf16_crawls() -> None:
+    """Time a matrix product of each type, since no flag of the processor says how fast it is."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(256, 256).to(dtype)
+        a @ a
+        start = time.perf_counter()
+        a @ a
+        return time.perf_counter() - start
+
+    slower = seconds(torch.bfloat16) / seconds(torch.float32)
+    if slower > 2:
+        warnings.warn(
+            f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower in bf16 than in "
+            "float32; leave out --trainer.precision (and configs/gpu.yaml)"
+        )
+
+
+class Throughput(Callback):
+    """Logs `chars_per_second` over all devices, validation and checkpoints left out.
+
+    Where no GPU is at hand and the run would take long, it says so after a few timed steps.
+    """
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.first_batch: int | None = None
+        self.batches = 0
+        self.start = self.paused = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.start += time.perf_counter() - self.paused
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: torch.Tensor, batch_idx: int
+    ) -> None:
+        self.batches += 1
+        if self.first_batch is None:  # the first step warms up, or compiles
+            self.first_batch, self.batches, self.start = batch_idx, 0, time.perf_counter()
+        elif batch_idx == self.first_batch + TIMED_STEPS:
+            self.say_if_long(trainer)
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self.batches:
+            now = time.perf_counter()
+            characters = self.batches * batch.size(0) * (batch.size(1) - 1) * trainer.world_size
+            module.log("chars_per_second", characters / (now - self.start), prog_bar=True)
+            self.start, self.batches = now, 0
+
+    @rank_zero_only
+    def say_if_long(self, trainer: Trainer) -> None:
+        seconds = (time.perf_counter() - self.start) / TIMED_STEPS * trainer.accumulate_grad_batches
+        left = seconds * (trainer.max_steps - trainer.global_step)
+        limited = any(isinstance(c, Timer) and c.time_remaining() is not None for c in trainer.callbacks)
+        if trainer.strategy.root_device.type == "cpu" and not limited and left > LONG_RUN_S:
+            print(
+                f"\nthis run will take about {left / 3600:.1f} hours on this machine, which has no GPU in use "
+                f"({seconds:.1f} s a step)\n"
+                "configs/cpu.yaml is made for a processor and takes minutes"
+            )
+
+
+class TextSamples(Callback):
+    """Writes on from the same prompt at each validation, for TensorBoard's text page.
+
+    Args:
+        prompt: what the sample begins with, as far as the vocabulary has it.
+        max_new_chars: its length.
+    """
+
+    def __init__(self, prompt: str = "\n", max_new_chars: int = 300) -> None:
+        self.prompt = prompt
+        self.max_new_chars = max_new_chars
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        writer = Writer(module.gpt, module.vocabulary)
+        text = writer.complete(self.prompt, max_new_chars=self.max_new_chars, seed=module.hparams.seed)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
+                logger.experiment.add_text("sample", indented, trainer.global_step)
+
+
+class FinalScore(Callback):
+    """Puts the best validation loss beside the hyperparameters, for TensorBoard's table of runs."""
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        if score is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                hparams = {**trainer.datamodule.hparams, **module.hparams}
+                logger.log_hyperparams(hparams, {"best_val_loss": score.item()}, step=trainer.global_step)

@@ -1,0 +1,123 @@
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chargpt.vocabulary import UnknownCharacterError, Vocabulary
+
+# st.characters() leaves surrogates out; a prompt from a terminal may have them
+any_text = st.text(alphabet=st.characters(exclude_categories=()), max_size=200)
+
+
+@given(any_text)
+def test_decode_inverts_encode(text):
+    vocabulary = Vocabulary.from_text(text)
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+@given(any_text, any_text)
+def test_encode_agrees_with_a_dict(text, more):
+    vocabulary = Vocabulary.from_text(text + more)
+    ids = {character: id for id, character in enumerate(sorted(set(text + more)))}
+    assert vocabulary.encode(text).tolist() == [ids[character] for character in text]
+
+
+@given(st.text(max_size=50), st.text(max_size=50))
+def test_a_text_encodes_exactly_if_all_its_characters_are_known(known, text):
+    vocabulary = Vocabulary.from_text(known)
+    unknown = set(text) - set(known)
+    if not unknown:
+        assert len(vocabulary.encode(text)) == len(text)
+    else:
+        with pytest.raises(UnknownCharacterError) as error:
+            vocabulary.encode(text)
+        first = next(character for character in text if character in unknown)
+        assert f"(U+{ord(first):04X}) at position {text.index(first)}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "size, dtype",
+    [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
+)
+def test_ids_take_the_narrowest_type(size, dtype):
+    characters = "".join(chr(code) for code in range(0x1000, 0x1000 + size))
+    vocabulary = Vocabulary(characters)
+    text = "".join(random.Random(size).sample(characters, k=min(size, 500))) + characters[-1]
+    assert len(vocabulary) == size
+    assert vocabulary.dtype == vocabulary.encode(text).dtype == np.dtype(dtype)
+    assert vocabulary.encode(characters).tolist() == list(range(size))
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_every_code_point_at_once():
+    characters = "".join(map(chr, range(sys.maxunicode + 1)))
+    vocabulary = Vocabulary(characters)
+    assert vocabulary.decode(vocabulary.encode(characters)) == characters
+
+
+def test_it_is_the_sorted_distinct_characters():
+    vocabulary = Vocabulary.from_text("hello\0\n\ufeffe\u0301🙂")
+    assert vocabulary.characters == "\0\nehlo\u0301\ufeff🙂"
+    assert vocabulary == Vocabulary(vocabulary.characters)
+    assert vocabulary != Vocabulary.from_text("hello")
+    assert len({vocabulary, Vocabulary(vocabulary.characters)}) == 1
+
+
+@pytest.mark.parametrize("characters", ["ba", "aa", "abca"])
+def test_unsorted_or_repeated_characters_are_refused(characters):
+    with pytest.raises(ValueError, match="ascending"):
+        Vocabulary(characters)
+
+
+def test_unknown_characters_are_named_with_code_point_place_and_nearest_known():
+    vocabulary = Vocabulary.from_text("abcdefghijklmnopqrstuvwxyz XYZ'-\n")
+    with pytest.raises(UnknownCharacterError) as error:
+        vocabulary.encode("Romé’s 7\ud800 \u0301")
+    message = str(error.value)
+    assert "'R' (U+0052) at position 0, nearest known: 'r'" in message
+    assert "'é' (U+00E9) at position 3, nearest known: 'e'" in message
+    assert "'’' (U+2019) at position 4, nearest known: \"'\"" in message
+    assert "'7' (U+0037) at position 7;" in message  # nothing is near
+    assert "'\\ud800' (U+D800) at position 8" in message
+    assert "'\\u0301' (U+0301) at position 10" in message
+    assert "\n" not in message
+
+
+def test_a_long_text_of_unknown_characters_makes_a_short_message():
+    text = "".join(map(chr, range(0x4E00, 0x5E00))) * 5
+    with pytest.raises(UnknownCharacterError) as error:
+        Vocabulary.from_text("abc").encode(text)
+    assert "at position 0, 4096, 8192 and 2 more" in str(error.value)
+    assert "and 4,086 other characters" in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "ids", [[2, 0, 1], (2, 0, 1), np.array([2, 0, 1], np.uint64), np.array([2, 0, 1], np.int8)]
+)
+def test_decode_takes_any_integers(ids):
+    assert Vocabulary("abc").decode(ids) == "cab"
+
+
+def test_decode_takes_tensors_single_ids_and_nothing():
+    torch = pytest.importorskip("torch")
+    assert Vocabulary("abc").decode(torch.tensor([2, 0, 1])) == "cab"
+    assert Vocabulary("abc").decode(torch.tensor(1)) == "b"
+    assert Vocabulary("abc").decode(torch.tensor([])) == ""
+    assert Vocabulary("abc").decode([]) == ""
+    assert Vocabulary("").encode("").tolist() == []
+
+
+@pytest.mark.parametrize("ids, wrong", [([0, 3], "id 3 at position 1"), ([-1], "id -1 at position 0")])
+def test_decode_refuses_ids_outside(ids, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} is outside the vocabulary of 3"):
+        Vocabulary("abc").decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[0.5], [[0, 1], [1, 2]], ["a"], [True]])
+def test_decode_refuses_what_are_no_ids(ids):
+    with pytest.raises(TypeError):
+        Vocabulary("abc").decode(ids)
