@@ -111,7 +111,8 @@ def open_corpus(
             raise
         rule = "*" * 80
         warnings.warn(
-            f"\n{rule}\n{corpus} CAN'T BE HAD. THE TEXT USED INSTEAD IS {fallback}.\n{error}\n{rule}",
+            f"\n{rule}\n{corpus} CAN'T BE HAD. THE TEXT USED IN ITS PLACE IS {fallback}.\n"
+            f"{error}\n{rule}",
             FallbackWarning,
             stacklevel=2,
         )
@@ -163,7 +164,7 @@ def _locate(corpus: str, data_dir: Path) -> tuple[Path, bool]:
     names = sorted({*KNOWN, *(path.parent.name for path in data_dir.glob("*/input.txt"))})
     raise CorpusError(
         f"there is no text {corpus!r}: no such file or folder, and no such name in {data_dir}.\n"
-        f"Give the path of a text file, that of a folder of .txt files, or one of: {', '.join(names)}."
+        f"Give a text file, a folder of .txt files, or one of: {', '.join(names)}."
     )
 
 
@@ -181,8 +182,9 @@ def _tiny_shakespeare(places: list[Path]) -> Path:
     try:
         data = _download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_BYTES)
     except (OSError, http.client.HTTPException) as error:
+        reason = str(error).strip("<>")
         raise UnavailableError(
-            f"{TINY_SHAKESPEARE_URL} can't be downloaded: {getattr(error, 'reason', error)}.\n{by_hand}"
+            f"{TINY_SHAKESPEARE_URL} can't be downloaded: {reason}.\n{by_hand}"
         ) from error
     _verify(data, f"what came from {TINY_SHAKESPEARE_URL}", by_hand)
     return _keep(data, "tiny-shakespeare", places)
@@ -196,7 +198,8 @@ def _python_reference(places: list[Path]) -> Path:
             "python-reference can't be had: this Python comes without pydoc_data.\n"
             "Choose another corpus."
         ) from error
-    return _keep("\n".join(topics[key] for key in sorted(topics)).encode(), "python-reference", places)
+    text = "\n".join(topics[key] for key in sorted(topics))
+    return _keep(text.encode(), "python-reference", places)
 
 
 KNOWN = {"tiny-shakespeare": _tiny_shakespeare, "python-reference": _python_reference}

@@ -68,14 +68,14 @@ class MultiHeadAttention(nn.Module):
             q, k = rotate(q, positions), rotate(k, positions)
         mask = None
         if cache is not None:
-            k, v, mask = cache.extend(k, v)  # (B, H, S, D) each
+            k, v, mask = cache.extend(k, v)  # (B, H, S, D) each: those before, then these
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=cache is None,
+            is_causal=mask is None and T > 1,  # one character may look at all there are
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.projection_dropout(self.projection(y))
@@ -195,10 +195,13 @@ class GPT(nn.Module):
             ValueError: more positions than block_size.
         """
         T = ids.size(1)
-        past = 0 if cache is None else cache.length
-        if past + T > self.block_size:
-            raise ValueError(f"{past + T} positions asked for, but block_size is {self.block_size}")
-        positions = torch.arange(past, past + T, device=ids.device)
+        end = T if cache is None else max(cache.lengths) + T
+        if end > self.block_size:
+            raise ValueError(f"{end} positions asked for, but block_size is {self.block_size}")
+        if cache is None:
+            positions = torch.arange(T, device=ids.device)
+        else:
+            positions = cache.advance(T)  # (B, T)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)

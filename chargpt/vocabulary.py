@@ -80,7 +80,8 @@ class Vocabulary:
         """
         ids = self._ids.take(code_points(text), mode="clip")
         if ids.min(initial=0) == UNKNOWN:
-            raise UnknownCharacterError(self._describe_unknown(text, np.flatnonzero(ids == UNKNOWN)))
+            positions = np.flatnonzero(ids == UNKNOWN)
+            raise UnknownCharacterError(self._describe_unknown(text, positions))
         return ids.astype(self.dtype)
 
     def decode(self, ids: ArrayLike) -> str:

@@ -1,0 +1,290 @@
+"""Writing, one character after the other: choosing the next id, remembering the ones before.
+
+    prompt -> window -> GPT with a KVCache -> logits (B, V) -> choose -> id -> window -> ...
+
+A network looks at no more than block_size characters, and its positions cannot slide: a character
+that leaves the window would move all the others, and every remembered key and value would be wrong.
+So when the window is full, its newest half is read afresh, and writing goes on from there. The
+network always sees at least half a window, and a character costs the same however long the text.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chargpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next character is chosen from the network's probabilities.
+
+    Args:
+        temperature: below 1 the likely characters become likelier, above 1 the unlikely; 0 always
+            takes the most likely one.
+        top_k: choose among this many of the most likely characters.
+        top_p: choose among the fewest most likely characters that have this probability together
+            (Holtzman et al. 2019, arXiv:1904.09751), after temperature and top_k.
+
+    Raises:
+        ValueError: a setting that means nothing; the message names it.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """The next id of each row: a function of its arguments and nothing else.
+
+    Ids share the interval [0, 1) in their order, each by its probability, and the uniform number
+    says which one is hit: logits that differ by a rounding error almost always give the same id.
+
+    Args:
+        logits: (B, V) on the CPU.
+        sampling: temperature, top_k and top_p, applied in this order; of equal logits the one with
+            the lowest id counts as the most likely.
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        ids: (B,)
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is not None:
+        unlikely = logits.argsort(dim=-1, descending=True, stable=True)[:, sampling.top_k :]
+        logits = logits.scatter(-1, unlikely, -math.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = falling.cumsum(-1) - falling  # what the likelier ones have together
+        falling = falling.masked_fill(before >= sampling.top_p, 0)
+        probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
+    cumulative = probabilities.cumsum(-1)
+    cumulative = cumulative / cumulative[:, -1:]  # ends in exactly 1, which no uniform number reaches
+    return torch.searchsorted(cumulative, uniforms.unsqueeze(-1), right=True).squeeze(-1)
+
+
+class LayerCache:
+    """What one attention layer remembers: keys and values, (B, S, H, D) each."""
+
+    def __init__(self, cache: "KVCache", keys: Tensor, values: Tensor) -> None:
+        self.cache = cache
+        self.keys = keys
+        self.values = values
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Remember T more keys and values, (B, H, T, D) each, where `KVCache.advance` made room.
+
+        Returns:
+            all of them, (B, H, S, D) each, and which of them each new position may look at
+        """
+        for memory, new in ((self.keys, k), (self.values, v)):
+            memory.flatten(0, 1).index_copy_(0, self.cache.slots, new.transpose(1, 2).flatten(0, 1))
+        end = self.cache.end
+        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2), self.cache.mask
+
+
+class KVCache:
+    """Keys and values of the characters that each row of a batch has behind it.
+
+    Rows may have different lengths, so that prompts of different lengths are one batch.
+
+    Args:
+        gpt: the network that will use it.
+        rows: sequences in the batch, B.
+        capacity: most characters in a row; block_size unless given.
+    """
+
+    def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
+        n_head, C = gpt.blocks[0].attention.n_head, gpt.token_embedding.embedding_dim
+        shape = (rows, gpt.block_size if capacity is None else capacity, n_head, C // n_head)
+        # zeros, not empty: what a mask hides is still multiplied, and 0 * nan is nan
+        zeros = gpt.token_embedding.weight.new_zeros
+        self.layers = [LayerCache(self, zeros(shape), zeros(shape)) for _ in gpt.blocks]
+        self.lengths = [0] * rows
+
+    def advance(self, T: int) -> Tensor:
+        """Make room for T more characters in every row.
+
+        Returns:
+            positions: (B, T), where each of them stands in its row
+        """
+        rows, capacity = self.layers[0].keys.shape[:2]
+        device = self.layers[0].keys.device
+        shortest, longest = min(self.lengths), max(self.lengths)
+        positions = torch.tensor(self.lengths).unsqueeze(1) + torch.arange(T)  # (B, T)
+        self.slots = (positions + capacity * torch.arange(rows).unsqueeze(1)).flatten().to(device)
+        positions = positions.to(device)
+        self.lengths = [length + T for length in self.lengths]
+        self.end = longest + T
+        self.mask = None  # enough for one new character after all others, or a start from nothing
+        if shortest < longest or (T > 1 and longest > 0):
+            columns = torch.arange(self.end, device=device)
+            self.mask = columns <= positions[:, None, :, None]  # (B, 1, T, S)
+        return positions
+
+    def put(self, rows: Sequence[int], source: "KVCache", source_rows: Sequence[int]) -> None:
+        """Replace what `rows` remember by what `source_rows` of another cache do, all of one length."""
+        T = source.lengths[0]
+        for layer, other in zip(self.layers, source.layers):
+            layer.keys[rows, :T] = other.keys[source_rows, :T]
+            layer.values[rows, :T] = other.values[source_rows, :T]
+        for row in rows:
+            self.lengths[row] = T
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+@dataclass
+class Text:
+    """A text as it grows."""
+
+    index: int  # its place among the prompts
+    window: list[int]  # the ids that the network looks at
+    random: Random
+    held: list[int] = field(default_factory=list)  # written, perhaps the beginning of a stop
+
+    def add(self, id: int, stops: Sequence[Sequence[int]], last: bool) -> "Piece":
+        """Write one more id; what may be the beginning of a stop waits for the next one."""
+        self.window.append(id)
+        self.held.append(id)
+        tails = [(start, self.held[start:]) for start in range(len(self.held))]
+        for start, tail in tails:
+            if tail in stops:
+                return Piece(self.index, self.held[:start], True)
+        begins = (start for start, tail in tails if any(stop[: len(tail)] == tail for stop in stops))
+        free = len(self.held) if last else next(begins, len(self.held))
+        piece = Piece(self.index, self.held[:free], last)
+        self.held = self.held[free:]
+        return piece
+
+
+class Piece(NamedTuple):
+    """What is new of one text. The last piece of each is marked, and may be empty."""
+
+    index: int  # of the prompt that it follows
+    ids: list[int]
+    last: bool
+
+
+def window_length(length: int, block_size: int, exact: bool = False) -> int:
+    """How many of the newest characters of a text the network looks at.
+
+    All of them up to block_size. Then, exactly: the newest block_size. Else the window falls to
+    half of block_size (rounded up) whenever it would outgrow it, and grows again from there. It
+    depends on nothing but the length, so that going on with a text is the same as having written
+    it in one go.
+    """
+    if length <= block_size:
+        return length
+    least = block_size if exact else (block_size + 1) // 2
+    return least + (length - block_size - 1) % (block_size - least + 1)
+
+
+@torch.inference_mode()
+def generate(
+    gpt: GPT,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[str],
+    max_new: int,
+    sampling: Sampling,
+    stops: Sequence[Sequence[int]] = (),
+    exact_window: bool = False,
+) -> Iterator[list[Piece]]:
+    """Continue each prompt as if it were alone, all of them in one batch.
+
+    Dropout is off while the network is at work, whatever its mode, and no random state but each
+    text's own is touched.
+
+    Args:
+        gpt: the network.
+        prompts: at least one id each.
+        seeds: of each text's random numbers.
+        max_new: ids to write at most, each.
+        sampling: how they are chosen.
+        stops: a text ends before the first of these that it writes.
+        exact_window: let the network look at exactly the newest block_size characters, which costs
+            a pass over all of them for each; see `window_length`.
+
+    Yields:
+        the pieces of one step, none of them empty but perhaps the last of a text
+    """
+    block_size = gpt.block_size
+    least = window_length(block_size + 1, block_size, exact_window)
+    texts = []
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        length = window_length(len(prompt), block_size, exact_window)
+        texts.append(Text(index, list(prompt[-length:]), Random(seed)))
+    stops = [list(stop) for stop in stops]
+    cache = KVCache(gpt, len(texts))
+    prefill(gpt, cache, texts, range(len(texts)))
+    for left in reversed(range(max_new)):
+        newest = torch.tensor([text.window[-1:] for text in texts])
+        logits = run(gpt, newest, cache)[:, -1].float().cpu()
+        uniforms = torch.tensor([text.random.random() for text in texts], dtype=torch.float64)
+        ids = choose(logits, sampling, uniforms).tolist()
+        pieces = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
+        yield [piece for piece in pieces if piece.ids or piece.last]
+
+        going_on = [row for row, piece in enumerate(pieces) if not piece.last]
+        if not going_on:
+            return
+        if len(going_on) < len(texts):
+            texts = [texts[row] for row in going_on]
+            cache.keep(going_on)
+        full = [row for row, text in enumerate(texts) if len(text.window) > block_size]
+        for row in full:
+            del texts[row].window[:-least]
+        prefill(gpt, cache, texts, full)
+
+
+def prefill(gpt: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]) -> None:
+    """Read the windows of these rows, all but the newest character: the next step's input.
+
+    Windows of one length are one batch, and those that are the same are read once.
+    """
+    by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    for row in rows:
+        window = tuple(texts[row].window[:-1])
+        by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
+    for length, sharing in by_length.items():
+        if length == 0:
+            continue
+        fresh = KVCache(gpt, len(sharing), capacity=length)
+        run(gpt, torch.tensor(list(sharing)), fresh)
+        sources = [source for source, same in enumerate(sharing.values()) for _ in same]
+        cache.put([row for same in sharing.values() for row in same], fresh, sources)
+
+
+def run(gpt: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """The network's logits without dropout, its mode afterwards what it was before."""
+    training = gpt.training
+    if training:
+        gpt.eval()
+    try:
+        # not gpt(...): a compiled network would be compiled again for each new length
+        return gpt.forward(ids.to(gpt.token_embedding.weight.device), cache)
+    finally:
+        if training:
+            gpt.train()
