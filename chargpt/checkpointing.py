@@ -3,14 +3,14 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from chargpt.runs import BEST_NAME, LAST_NAME, CheckpointError
 
@@ -48,74 +48,91 @@ def plain_reason(error: BaseException) -> str:
 
 def best_checkpoint_callback() -> ModelCheckpoint:
     """Keeps the checkpoint of lowest validation loss."""
-    return ModelCheckpoint(filename=BEST_NAME, monitor="val_loss", save_top_k=1, auto_insert_metric_name=False)
+    return ModelCheckpoint(
+        filename=BEST_NAME,
+        monitor="val_loss",
+        save_top_k=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,  # a validation that is repeated after a kill writes the same file
+    )
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after each validation, at the end, and when Ctrl-C or SIGTERM asks to stop.
+    """Saves `last.ckpt` before and after each validation, at the end, and when a signal asks to stop.
 
-    A signal only sets a flag: stopping between two steps leaves nothing half done. All ranks stop
-    at the same step. The process ends with status 130 or 143, as a scheduler expects.
+    Ctrl-C and SIGTERM only set a flag: a run stops between two steps or two blocks of a validation,
+    all ranks at the same one, which leaves nothing half done. The process ends with status 130 or
+    143, as a scheduler expects.
+
+    Args:
+        best: keeps the best checkpoint, and has found a folder for it; ours lies beside.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, best: ModelCheckpoint) -> None:
+        self.best = best
+        self.received = 0
+        self.received_at = 0.0
         self.saved_step = -1
-        self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.received = None
+        # Lightning puts the handlers back that were there before. It keeps a SIGTERM in mind that
+        # came while the run was being set up.
+        self.received = signal.SIGTERM if trainer.received_sigterm else 0
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self.receive) for s in SIGNALS}
+            for signum in SIGNALS:
+                signal.signal(signum, self.receive)
 
     def receive(self, signum: int, frame: Any) -> None:
-        self.received = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        self.handlers = {}
+        now = time.monotonic()
+        # Asked again, we stop at once; but torchrun hands on a Ctrl-C that we have already seen.
+        if self.received and signum == signal.SIGINT and now - self.received_at > 1:
+            raise KeyboardInterrupt
+        self.received, self.received_at = signum, now
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # lets Lightning validate the final step as well
         self.stop_if_asked(trainer)
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.save(trainer)
+
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        # Ranks have different numbers of blocks, so several cannot agree in here.
-        if trainer.world_size == 1 and not trainer.sanity_checking:
-            self.stop_if_asked(trainer)
+        # Nothing is saved in here, where weight averaging has its averages in the network's place.
+        # Ranks have different numbers of blocks, so that several cannot agree to stop.
+        if self.received and trainer.world_size == 1:
+            self.stop(trainer, self.received)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.save(trainer)
             self.stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # The end of the run. In on_train_end weight averaging has already replaced the weights.
         if self.saved_step != trainer.global_step:
             self.save(trainer)
 
     def stop_if_asked(self, trainer: Trainer) -> None:
-        asked = self.received is not None
-        if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
-            self.save(trainer)
-            self.say_how_to_go_on(trainer)
-            raise SystemExit(128 + (self.received or signal.SIGTERM))
+        signum = torch.tensor(self.received, device=trainer.strategy.root_device)
+        if signum := int(trainer.strategy.reduce(signum, reduce_op="max")):
+            if self.saved_step != trainer.global_step:
+                self.save(trainer)
+            self.stop(trainer, signum)
+
+    def stop(self, trainer: Trainer, signum: int) -> NoReturn:
+        if trainer.is_global_zero:
+            print(
+                f"\nstopped after step {trainer.global_step}; saved {self.path}\n"
+                "go on with the same command and --ckpt_path last"
+            )
+        raise SystemExit(128 + signum)
 
     def save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path(trainer))
+        trainer.save_checkpoint(self.path)
         self.saved_step = trainer.global_step
 
-    @staticmethod
-    def path(trainer: Trainer) -> Path:
-        return Path(trainer.checkpoint_callback.dirpath, f"{LAST_NAME}.ckpt")
-
-    @rank_zero_only
-    def say_how_to_go_on(self, trainer: Trainer) -> None:
-        print(
-            f"\nstopped after step {trainer.global_step}; saved {self.path(trainer)}\n"
-            "go on with the same command and --ckpt_path last"
-        )
+    @property
+    def path(self) -> Path:
+        return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")

@@ -166,7 +166,8 @@ class ChargptCLI(LightningCLI):
                 kwargs["logger"] = self.run_logger(config.default_root_dir or ".")
             callbacks += [Summary(), Throughput(), TextSamples(), FinalScore()]
             if config.enable_checkpointing is not False and not config.fast_dev_run:
-                callbacks += [best_checkpoint_callback(), LastCheckpoint()]
+                best = best_checkpoint_callback()
+                callbacks += [best, LastCheckpoint(best)]
         else:  # looks at a run and leaves nothing behind
             kwargs["logger"] = False
             self.save_config_callback = None

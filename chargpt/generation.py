@@ -10,6 +10,7 @@ network always sees at least half a window, and a character costs the same howev
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -119,13 +120,18 @@ class KVCache:
         zeros = gpt.token_embedding.weight.new_zeros
         self.layers = [LayerCache(self, zeros(shape), zeros(shape)) for _ in gpt.blocks]
         self.lengths = [0] * rows
+        self.newest = zeros((rows, 2), dtype=torch.long)  # ids; 0 where a row has fewer than two
 
-    def advance(self, T: int) -> Tensor:
-        """Make room for T more characters in every row.
+    def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Make room for T more characters in every row, ids (B, T).
 
         Returns:
             positions: (B, T), where each of them stands in its row
+            before: (B, 2), the ids of the two characters before them
         """
+        T = ids.size(1)
+        before = self.newest
+        self.newest = torch.cat((before, ids), dim=1)[:, -2:]
         rows, capacity = self.layers[0].keys.shape[:2]
         device = self.layers[0].keys.device
         shortest, longest = min(self.lengths), max(self.lengths)
@@ -138,7 +144,7 @@ class KVCache:
         if shortest < longest or (T > 1 and longest > 0):
             columns = torch.arange(self.end, device=device)
             self.mask = columns <= positions[:, None, :, None]  # (B, 1, T, S)
-        return positions
+        return positions, before
 
     def put(self, rows: Sequence[int], source: "KVCache", source_rows: Sequence[int]) -> None:
         """Replace what `rows` remember by what `source_rows` of another cache do, all of one length."""
@@ -146,6 +152,7 @@ class KVCache:
         for layer, other in zip(self.layers, source.layers):
             layer.keys[rows, :T] = other.keys[source_rows, :T]
             layer.values[rows, :T] = other.values[source_rows, :T]
+        self.newest[rows] = source.newest[source_rows]
         for row in rows:
             self.lengths[row] = T
 
@@ -153,6 +160,7 @@ class KVCache:
         """Forget all rows but these."""
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.newest = self.newest[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
 
@@ -230,6 +238,9 @@ def generate(
     Yields:
         the pieces of one step, none of them empty but perhaps the last of a text
     """
+    if max_new == 0:
+        yield [Piece(index, [], True) for index in range(len(prompts))]
+        return
     block_size = gpt.block_size
     least = window_length(block_size + 1, block_size, exact_window)
     texts = []
@@ -278,13 +289,19 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]
 
 
 def run(gpt: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """The network's logits without dropout, its mode afterwards what it was before."""
+    with evaluating(gpt):
+        # not gpt(...): a compiled network would be compiled again for each new length
+        return gpt.forward(ids.to(gpt.token_embedding.weight.device), cache)
+
+
+@contextmanager
+def evaluating(gpt: GPT) -> Iterator[None]:
+    """The network without dropout, its mode afterwards what it was before."""
     training = gpt.training
     if training:
         gpt.eval()
     try:
-        # not gpt(...): a compiled network would be compiled again for each new length
-        return gpt.forward(ids.to(gpt.token_embedding.weight.device), cache)
+        yield
     finally:
         if training:
             gpt.train()

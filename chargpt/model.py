@@ -20,7 +20,7 @@ ACTIVATIONS = {
 }
 NORMS = {
     "layer": nn.LayerNorm,
-    "rms": nn.RMSNorm,  # Zhang and Sennrich 2019, arXiv:1910.07467
+    "plain": lambda n_embd: nn.LayerNorm(n_embd, elementwise_affine=False),  # no gain, no bias
 }
 
 
@@ -47,7 +47,13 @@ class MultiHeadAttention(nn.Module):
     """Every position gathers what it needs from itself and the positions before it."""
 
     def __init__(
-        self, n_embd: int, n_head: int, dropout: float, rotary: bool = False, qk_norm: bool = False
+        self,
+        n_embd: int,
+        n_head: int,
+        dropout: float,
+        bias: bool = True,
+        rotary: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.n_head = n_head
@@ -55,7 +61,7 @@ class MultiHeadAttention(nn.Module):
         self.rotary = rotary
         self.qk_norm = qk_norm
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # of all heads at once
-        self.projection = nn.Linear(n_embd, n_embd)
+        self.projection = nn.Linear(n_embd, n_embd, bias)
         self.projection_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
@@ -84,27 +90,52 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """Every position thinks about what it has gathered, by itself."""
 
-    def __init__(self, n_embd: int, dropout: float, activation: str = "relu") -> None:
+    def __init__(self, n_embd: int, dropout: float, bias: bool = True, activation: str = "relu") -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.expansion = nn.Linear(n_embd, 4 * n_embd)
-        self.projection = nn.Linear(4 * n_embd, n_embd)
+        self.expansion = nn.Linear(n_embd, 4 * n_embd, bias)
+        self.projection = nn.Linear(4 * n_embd, n_embd, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.projection(self.activation(self.expansion(x))))
 
 
+class NgramEmbedding(nn.Module):
+    """One vector for the last two characters and one for the last three, out of a hashed table.
+
+    What a few letters make likely is then looked up, and need not be worked out by attention
+    (Svenstrup et al. 2017, hash embeddings, arXiv:1709.03933).
+    """
+
+    FACTORS = (36313, 27191, 51749)  # primes that spread neighbouring ids over the table
+
+    def __init__(self, rows: int, n_embd: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, n_embd)
+
+    def forward(self, ids: Tensor, before: Tensor) -> Tensor:
+        """(B, T, C), from ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
+        T, rows = ids.size(1), self.table.num_embeddings
+        whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
+        last, second, third = (whole[:, 2 - i : 2 - i + T] * f for i, f in enumerate(self.FACTORS))
+        return self.table((last + second) % rows) + self.table((last + second + third + 1) % rows)
+
+
 class Block(nn.Module):
     """Communication, then computation, each added to the residual stream after a norm (pre-norm)."""
 
     def __init__(
-        self, attention: MultiHeadAttention, feed_forward: FeedForward, norm: type[nn.Module], n_embd: int
+        self,
+        attention_norm: nn.Module,
+        attention: MultiHeadAttention,
+        feed_forward_norm: nn.Module,
+        feed_forward: FeedForward,
     ) -> None:
         super().__init__()
-        self.attention_norm = norm(n_embd)
+        self.attention_norm = attention_norm
         self.attention = attention
-        self.feed_forward_norm = norm(n_embd)
+        self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
@@ -123,10 +154,14 @@ class GPT(nn.Module):
         n_layer: blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
         position: "learned" adds an embedding of the position, "rotary" turns queries and keys.
-        norm: "layer" (LayerNorm) or "rms" (RMSNorm).
+        norm: "layer" (LayerNorm), or "plain": without gain and bias, and on the embeddings as well.
+        bias: whether linear layers add a bias (those of query, key and value never do).
         activation: of the feed-forward layers: "relu", "gelu" or "relu2" (ReLU squared).
         qk_norm: normalise queries and keys, which keeps attention scores bounded.
-        zero_init: start each residual branch at zero, so that every block begins as the identity.
+        zero_init: start each residual branch and the head at zero: every block begins as the
+            identity, and every character as equally likely.
+        ngram_rows: add embeddings of the last two and of the last three characters, which share
+            a table of this many rows; 0 for none.
 
     Raises:
         ValueError: a size that cannot be; the message names it.
@@ -142,26 +177,31 @@ class GPT(nn.Module):
         dropout: float = 0.2,
         position: str = "learned",
         norm: str = "layer",
+        bias: bool = True,
         activation: str = "relu",
         qk_norm: bool = False,
         zero_init: bool = False,
+        ngram_rows: int = 0,
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, block_size, n_embd, n_head, n_layer, dropout, position)
         self.block_size = block_size
+        make_norm = NORMS[norm]
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd) if position == "learned" else None
+        self.ngram_embedding = NgramEmbedding(ngram_rows, n_embd) if ngram_rows else None
+        self.embedding_norm = make_norm(n_embd) if norm == "plain" else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
-                MultiHeadAttention(n_embd, n_head, dropout, position == "rotary", qk_norm),
-                FeedForward(n_embd, dropout, activation),
-                NORMS[norm],
-                n_embd,
+                make_norm(n_embd),
+                MultiHeadAttention(n_embd, n_head, dropout, bias, position == "rotary", qk_norm),
+                make_norm(n_embd),
+                FeedForward(n_embd, dropout, bias, activation),
             )
             for _ in range(n_layer)
         )
-        self.norm = NORMS[norm](n_embd)
-        self.head = nn.Linear(n_embd, vocab_size)
+        self.norm = make_norm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size, bias)
         self.initialise(zero_init)
 
     @torch.no_grad()
@@ -179,6 +219,10 @@ class GPT(nn.Module):
         for block in self.blocks:
             for projection in (block.attention.projection, block.feed_forward.projection):
                 projection.weight.mul_(0.0 if zero_init else (2 * len(self.blocks)) ** -0.5)
+        if zero_init:
+            self.head.weight.zero_()
+        if self.ngram_embedding is not None:
+            self.ngram_embedding.table.weight.zero_()
 
     def forward(self, ids: Tensor, cache=None) -> Tensor:
         """Score every character as the next one, at every position.
@@ -199,12 +243,15 @@ class GPT(nn.Module):
         if end > self.block_size:
             raise ValueError(f"{end} positions asked for, but block_size is {self.block_size}")
         if cache is None:
-            positions = torch.arange(T, device=ids.device)
+            positions, before = torch.arange(T, device=ids.device), ids.new_zeros(len(ids), 2)
         else:
-            positions = cache.advance(T)  # (B, T)
+            positions, before = cache.advance(ids)  # (B, T), (B, 2)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(ids, before)
+        x = self.embedding_norm(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, None if cache is None else cache.layers[layer])
         return self.head(self.norm(x))  # (B, T, V)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -32,10 +32,13 @@ class GPTModule(LightningModule):
         n_layer: transformer blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
         position: learned embeddings of positions, or rotary: queries and keys turned by them.
-        norm: layer (LayerNorm) or rms (RMSNorm).
+        norm: layer (LayerNorm), or plain: without gain and bias, and on the embeddings as well.
+        bias: whether linear layers add a bias.
         activation: of the feed-forward layers; relu2 is ReLU squared.
         qk_norm: normalise queries and keys.
-        zero_init: start each residual branch at zero.
+        zero_init: start each residual branch and the head at zero.
+        ngram_rows: add embeddings of the last two and last three characters, out of a hashed table
+            with this many rows; 0 for none.
         lr: highest learning rate of AdamW.
         beta1: AdamW's decay of the running mean of gradients.
         beta2: AdamW's decay of the running mean of squared gradients.
@@ -67,10 +70,12 @@ class GPTModule(LightningModule):
         n_layer: int = 6,
         dropout: float = 0.2,
         position: Literal["learned", "rotary"] = "learned",
-        norm: Literal["layer", "rms"] = "layer",
+        norm: Literal["layer", "plain"] = "layer",
+        bias: bool = True,
         activation: Literal["relu", "gelu", "relu2"] = "relu",
         qk_norm: bool = False,
         zero_init: bool = False,
+        ngram_rows: int = 0,
         lr: float = 3e-4,
         beta1: float = 0.9,
         beta2: float = 0.999,
@@ -99,6 +104,7 @@ class GPTModule(LightningModule):
         # A NaN must be seen, not left out of the mean.
         self.mean_loss = MeanMetric(nan_strategy="disable")
         self.mean_bpc = MeanMetric(nan_strategy="disable")
+        self.validated_step = 0  # the last one after which the whole split was scored
 
     # ---- the network ----
 
@@ -120,7 +126,11 @@ class GPTModule(LightningModule):
             self.mean_bpc.set_dtype(torch.float64)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Asked on all ranks, so that all stop; what was saved before is left alone.
+        if not all(p.isfinite().all() for p in self.gpt.parameters()):
+            raise diverged("a weight", math.nan, self.global_step)
         checkpoint["vocabulary"] = self.vocabulary.characters
+        checkpoint["validated_step"] = self.validated_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -128,15 +138,16 @@ class GPTModule(LightningModule):
             self.build(vocabulary)
         elif vocabulary != self.vocabulary:
             raise CheckpointError(vocabulary_difference(vocabulary, self.vocabulary))
-        if self._trainer is not None:
-            restart_after_last_step(checkpoint, self.trainer.accumulate_grad_batches)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            restart_after_last_step(checkpoint, self.trainer)
+            self.validated_step = checkpoint["validated_step"]
 
     # ---- learning ----
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per character, of ids and targets (B, T)."""
         logits = self.gpt(ids)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         batch = batch.long()  # (B, T + 1), narrow integers until here
@@ -157,8 +168,9 @@ class GPTModule(LightningModule):
         torch.manual_seed(int(words[0]))
 
     def log_progress(self, loss: Tensor, context: int) -> None:
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, which stop together
         if not math.isfinite(loss.item()):
-            raise diverged("training loss", loss, self.global_step + 1)
+            raise diverged("training loss", loss.item(), self.global_step + 1)
         self.log("train_loss", loss, prog_bar=True)
         self.log("lr", self.hparams.lr * self.lr_factor())
         if self.hparams.short_contexts:
@@ -175,6 +187,7 @@ class GPTModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log_means("val")
+        self.validated_step = self.global_step
 
     def on_test_epoch_end(self) -> None:
         self.log_means("test")
@@ -183,7 +196,7 @@ class GPTModule(LightningModule):
         # Here and not in the step: a rank without a block must take part in the sum.
         loss = self.mean_loss.compute()
         if not torch.isfinite(loss):
-            raise diverged(f"{split}_loss", loss, self.global_step)
+            raise diverged(f"{split}_loss", loss.item(), self.global_step)
         self.log(f"{split}_loss", self.mean_loss, prog_bar=True)
         self.log(f"{split}_bpc", self.mean_bpc)
 
@@ -276,9 +289,9 @@ def without(parameters: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     return [p for p in parameters if id(p) not in ids]
 
 
-def diverged(what: str, loss: Tensor, step: int) -> TrainingError:
+def diverged(what: str, value: float, step: int) -> TrainingError:
     return TrainingError(
-        f"{what} is {loss.item()} at step {step}: training has diverged and stops\n"
+        f"{what} is {value} at step {step}: training has diverged and stops\n"
         "earlier checkpoints are kept; try a lower --model.lr, a warm-up, or --trainer.gradient_clip_val 1"
     )
 
@@ -297,17 +310,35 @@ def vocabulary_difference(trained: Vocabulary, offered: Vocabulary) -> str:
     )
 
 
-def restart_after_last_step(checkpoint: dict[str, Any], accumulate: int) -> None:
+def restart_after_last_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Set Lightning's counters to where the last optimizer step ended.
 
-    A checkpoint may stem from the middle of an accumulation, whose gradients it does not hold, or
-    from the end of a run that now gets more steps. Either way training goes on with the
-    micro-batch after the last step, in the one endless epoch.
+    A checkpoint may stem from the middle of an accumulation, whose gradients it does not hold, from
+    before or within a validation, or from the end of a run that now gets more steps. In every case
+    training goes on with the micro-batch after the last step, in the one endless epoch; before it
+    comes the validation of that step, where one is due and has not been done.
     """
+    if "loops" not in checkpoint:
+        raise CheckpointError("this checkpoint holds weights alone: it can write, but not go on training")
     loops = checkpoint["loops"]["fit_loop"]
     step = checkpoint["global_step"]
-    counts = dict.fromkeys(("ready", "started", "processed", "completed"), step * accumulate)
-    loops["epoch_loop.batch_progress"].update(total=dict(counts), current=dict(counts), is_last_batch=False)
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    started = dict(ready=1, started=1, processed=0, completed=0)
-    loops["epoch_progress"].update(total=dict(started), current=dict(started))
+    batches = step * trainer.accumulate_grad_batches
+    interval = trainer.val_check_interval
+    due = trainer.enable_validation and isinstance(interval, int) and batches % interval == 0
+    pending = due and checkpoint["validated_step"] != step
+
+    loops["epoch_progress"].update(total=counts(1, done=0), current=counts(1, done=0))
+    loops["epoch_loop.batch_progress"].update(
+        total=counts(batches), current=counts(batches), is_last_batch=False
+    )
+    # One started and none done is how Lightning knows a validation that was interrupted.
+    loops["epoch_loop.val_loop.batch_progress"].update(
+        total=counts(1, done=0) if pending else counts(0), current=counts(0), is_last_batch=False
+    )
+    # The logger's step. Where a validation is due Lightning counts on after it, done or skipped.
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - due
+
+
+def counts(started: int, done: int | None = None) -> dict[str, int]:
+    done = started if done is None else done
+    return dict(ready=started, started=started, processed=done, completed=done)

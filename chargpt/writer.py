@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chargpt.generation import Sampling, generate
+from chargpt.generation import Sampling, evaluating, generate
 from chargpt.model import GPT
 from chargpt.runs import CheckpointError, read_checkpoint, resolve_checkpoint
 from chargpt.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ class Settings(Sampling):
     """
 
     max_new_chars: int = 500
-    stop: list[str] | str = ()  # a single string is a list of one
+    stop: list[str] | str = field(default_factory=list)  # a single string is a list of one
     seed: int = 0
     exact_window: bool = False
 
@@ -178,7 +178,7 @@ class Writer(nn.Module):
         losses = []
         with evaluating(gpt):
             for x, y in batches:
-                logits = gpt(x).flatten(0, 1).float()
+                logits = gpt.forward(x).flatten(0, 1).float()
                 losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
         losses = torch.cat(losses)
         nats = losses.double().mean().item()
@@ -203,7 +203,7 @@ def load(path: str | Path | None = None) -> Writer:
     state = checkpoint["state_dict"]
     try:
         vocabulary = Vocabulary(checkpoint["vocabulary"])
-        names = inspect.signature(GPT).parameters.keys() & hyper_parameters.keys()
+        names = inspect.signature(GPT).parameters.keys() & hyper_parameters.keys() - {"vocab_size"}
         # built without memory for weights: those of the checkpoint take their place, no number is
         # drawn, and the caller's random state stays what it was
         with torch.device("meta"):

@@ -1,13 +1,15 @@
-"""How fast a large text is encoded, and how much memory that takes.
+"""How fast a large text is encoded, how much memory that takes, and what its size costs later.
 
     python tests/benchmarks/encode.py [--gigabytes 2]
 
-Makes a text in a temporary folder, encodes it in a child process on one core, and sets that
-against `[stoi[c] for c in text]` in the same process. Needs three times the text's size on disk.
+Makes the texts in a temporary folder and measures in a child process on one core. The child also
+encodes a slice with `[stoi[c] for c in text]`, so that both are timed under the same conditions.
+Takes three times the text's size on disk.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import os
 import random
 import statistics
@@ -15,64 +17,111 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import numpy as np
+
 MB = 1_000_000
-SLICE = 10 * MB  # characters that the list comprehension encodes
+SLICE = 10 * MB  # characters for the list comprehension
+LETTERS = "etaoinshrdlu" * 40 + "cmwfgypbvkjxqz" * 10 + "ETAOINSHRDLUCMWFGYPBVKJXQZ"
+BATCH, BLOCK = 64, 257  # what a training step of the base configuration reads
 
 
-def write_text(path: Path, n_bytes: int) -> None:
-    """English-like lines; one character in about a thousand is not ASCII."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the large text")
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # the child's
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return measure(Path(arguments.measure))
+    with tempfile.TemporaryDirectory() as folder:
+        size = int(arguments.gigabytes * 1000 * MB)
+        write_text(Path(folder, "large.txt"), size, letters=LETTERS)
+        write_text(Path(folder, "accented.txt"), size // 4, letters=LETTERS + "é")
+        write_text(Path(folder, "small.txt"), MB, letters=LETTERS)
+        subprocess.run([sys.executable, __file__, "--measure", folder], check=True)
+
+
+def write_text(path: Path, n_bytes: int, letters: str) -> None:
+    """Lines of made-up words, the same 20,000 again and again."""
     draw = random.Random(0)
-    letters = "etaoinshrdlu" * 8 + "cmwfgypbvkjxqz" * 3 + "ETAOINSHRDLUCMWFGYPBVKJXQZ" + "éèöü—’“”"
     words = ["".join(draw.choices(letters, k=draw.randint(1, 10))) for _ in range(20_000)]
     lines = [" ".join(draw.choices(words, k=12)) + draw.choice(".,;:!?") for _ in range(20_000)]
-    block = "\n".join(lines).encode() + b"\n"
+    block = "\n".join([*lines, ""]).encode()
     with open(path, "wb") as file:
-        while file.tell() < n_bytes:
+        for _ in range(n_bytes // len(block)):
             file.write(block)
+        file.write(block[: n_bytes % len(block)].decode(errors="ignore").encode())
 
 
-def encode(path: str, data_dir: str) -> None:
-    """The child: prints its figures as JSON."""
-    sys.path.insert(0, str(ROOT))
+def measure(folder: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from chargpt.corpus import open_corpus
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    start, start_cpu = time.perf_counter(), time.process_time()
-    corpus = open_corpus(path, data_dir)
-    seconds, seconds_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-    peak = peak_memory()
+    imports = peak_memory()
+    for name in ("large", "accented"):
+        path = folder / f"{name}.txt"
+        size = path.stat().st_size / MB
+        start, start_cpu = time.perf_counter(), time.process_time()
+        corpus = open_corpus(str(path), folder)
+        seconds, seconds_cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        peak = peak_memory()
+        text = corpus.vocabulary.decode(corpus.tokens[:SLICE])
+        print(f"{name}: {size:,.0f} MB, {len(corpus.vocabulary)} different characters")
+        print(f"  encoded in {seconds:.1f} s: {size / seconds:.0f} MB/s")
+        print(f"  processor time {seconds_cpu:.1f} s: {size / seconds_cpu:.0f} MB/s")
+        print(f"  peak memory {peak / MB:.0f} MB, of which {imports / MB:.0f} MB imports")
+        compare(text, corpus.vocabulary.characters, seconds / len(corpus.tokens))
+        del text
 
-    text = corpus.vocabulary.decode(corpus.tokens[:SLICE])
-    stoi = {character: id for id, character in enumerate(corpus.vocabulary.characters)}
-    comprehension = []
-    for _ in range(3):
+    for name in ("large", "small"):
+        path = str(folder / f"{name}.txt")
+        tokens = open_corpus(path, folder).tokens
+        opening = median_seconds(lambda: open_corpus(path, folder), 20)
+        draw = random.Random(0)
+        starts = lambda: (draw.randrange(len(tokens) - BLOCK) for _ in range(BATCH))
+        reading = median_seconds(lambda: [tokens[i : i + BLOCK].copy() for i in starts()], 500)
+        print(f"{name}: opened again in {opening * 1e3:.2f} ms, ", end="")
+        print(f"a batch of {BATCH} x {BLOCK} read in {reading * 1e3:.3f} ms")
+
+
+def compare(text: str, characters: str, ours: float) -> None:
+    """Prints how much faster `ours`, in seconds per character for all of the work, is than the
+    list comprehension alone, and than all that nanoGPT's preparation does with a text in memory."""
+    stoi = {character: id for id, character in enumerate(characters)}
+    alone = median_seconds(lambda: [stoi[c] for c in text], 3) / len(text)
+
+    def prepare() -> None:
+        sorted(set(text))
+        np.array([stoi[c] for c in text], dtype=np.uint16)
+
+    whole = median_seconds(prepare, 3) / len(text)
+    print(f"  per character {ours * 1e9:.1f} ns")
+    print(f"  a list comprehension {alone * 1e9:.1f} ns, {alone / ours:.1f} times as much")
+    print(f"  with set() and np.array() {whole * 1e9:.1f} ns, {whole / ours:.1f} times as much")
+
+
+def median_seconds(function: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
         start = time.perf_counter()
-        ids = [stoi[c] for c in text]
-        comprehension.append((time.perf_counter() - start) / len(ids))
-    print(
-        json.dumps(
-            {
-                "characters": len(corpus.tokens),
-                "vocabulary": len(corpus.vocabulary),
-                "seconds": seconds,
-                "seconds_cpu": seconds_cpu,
-                "peak": peak,
-                "comprehension": statistics.median(comprehension),
-                "torch": "torch" in sys.modules,
-            }
-        )
-    )
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def peak_memory() -> int | None:
-    """Bytes resident at most so far, where the system tells."""
+def peak_memory() -> int:
+    """Bytes resident at most so far; 0 where the system doesn't tell."""
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()

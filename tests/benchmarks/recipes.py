@@ -1,0 +1,179 @@
+"""Validation loss against seconds of training, in one run on one machine.
+
+    python tests/benchmarks/recipes.py compare --seeds 3 --json out.json
+    python tests/benchmarks/recipes.py compare --configs configs/laptop.yaml --seeds 1
+    python tests/benchmarks/recipes.py ablate --config configs/cpu.yaml --seconds 60 --seeds 2
+    python tests/benchmarks/recipes.py plot out.json --picture curves.png      # needs matplotlib
+
+Each run is a `python -m chargpt fit` as a user would start it. Seconds are those of training
+alone: validation, text samples and checkpoints, which all happen at a validation, are counted
+separately and stated. `compare` begins with nanoGPT's CPU recipe on the textbook model.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from chargpt.cli import ChargptCLI
+
+HERE = Path(__file__).resolve().parent
+NANOGPT = HERE / "nanogpt-cpu.yaml"
+CPU = HERE.parents[1] / "configs" / "cpu.yaml"
+
+# What is taken away from a configuration, one at a time.
+ABLATIONS = {
+    "the whole recipe": [],
+    "learned positions instead of rotary": ["--model.position=learned"],
+    "LayerNorm instead of RMSNorm": ["--model.norm=layer"],
+    "ReLU instead of ReLU squared": ["--model.activation=relu"],
+    "no normalisation of queries and keys": ["--model.qk_norm=false"],
+    "no zero initialisation": ["--model.zero_init=false"],
+    "no growing context": ["--model.short_contexts=null"],
+    "AdamW alone": ["--model.muon_lr=null"],
+    "constant learning rate": ["--model.schedule=constant"],
+}
+
+
+class Clock(Callback):
+    """Seconds of training and of validation, and the loss at each validation."""
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.start = time.perf_counter()
+        self.validating_s = 0.0
+        self.curve: list[tuple[int, float, float]] = []  # step, seconds of training, loss
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        training_s = self.paused - self.start - self.validating_s
+        self.curve.append((trainer.global_step, training_s, trainer.callback_metrics["val_loss"].item()))
+        self.validating_s += time.perf_counter() - self.paused
+
+
+class MeasuredCLI(ChargptCLI):
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        self.clock = Clock()
+        trainer.callbacks.append(self.clock)  # last: what others do at a validation is not training
+        return trainer
+
+
+def run(config: Path, seed: int, flags: list[str]) -> dict[str, Any]:
+    """Train once in a temporary folder; returns the curve and what it cost."""
+    home = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stderr(nowhere):
+                clock = MeasuredCLI(
+                    ["fit", f"--config={config.absolute()}", f"--seed_everything={seed}", *flags]
+                ).clock
+        finally:
+            os.chdir(home)
+    step, seconds, loss = clock.curve[-1]
+    return dict(
+        config=config.stem,
+        seed=seed,
+        steps=step,
+        training_s=seconds,
+        validating_s=clock.validating_s,
+        val_loss=loss,
+        best_val_loss=min(loss for *_, loss in clock.curve),
+        curve=clock.curve,
+    )
+
+
+def show(title: str, runs: list[dict[str, Any]]) -> None:
+    losses = [run["val_loss"] for run in runs]
+    print(
+        f"{title:40}  val_loss {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}, "
+        f"{len(runs)} seeds)  training {statistics.median(r['training_s'] for r in runs):6.1f} s  "
+        f"validation {statistics.median(r['validating_s'] for r in runs):5.1f} s  "
+        f"{runs[0]['steps']:,} steps",
+        flush=True,
+    )
+
+
+def seconds_to(loss: float, run: dict[str, Any]) -> float | None:
+    """Seconds of training until a validation first gave this loss or less."""
+    return next((seconds for _, seconds, value in run["curve"] if value <= loss), None)
+
+
+def compare(options: argparse.Namespace) -> None:
+    runs = []
+    for config in [NANOGPT, *options.configs]:
+        mine = [run(config, seed, options.flags) for seed in range(1, options.seeds + 1)]
+        show(config.stem, mine)
+        runs += mine
+    reference = [r for r in runs if r["config"] == NANOGPT.stem]
+    target = statistics.mean(r["val_loss"] for r in reference)
+    whole = statistics.median(r["training_s"] for r in reference)
+    for config in options.configs:
+        times = [seconds_to(target, r) for r in runs if r["config"] == config.stem]
+        if all(times):
+            print(
+                f"{config.stem} reaches {target:.4f}, where {NANOGPT.stem} ends, after "
+                f"{statistics.median(times):.1f} s: 1/{whole / statistics.median(times):.1f} of its time"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(runs))
+
+
+def ablate(options: argparse.Namespace) -> None:
+    budget = f"--trainer.max_time={{seconds: {options.seconds}}}"
+    flags = [budget, "--trainer.max_steps=-1", "--trainer.val_check_interval=1000000", *options.flags]
+    for title, removed in ABLATIONS.items():
+        show(title, [run(options.config, seed, flags + removed) for seed in range(1, options.seeds + 1)])
+
+
+def plot(options: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    colours = {}
+    for run in json.loads(options.json.read_text()):
+        colour = colours.setdefault(run["config"], f"C{len(colours)}")
+        first = f"{run['config']} (loss {run['val_loss']:.3f})" if run["seed"] == 1 else None
+        axes.plot(*zip(*[(s, v) for _, s, v in run["curve"]]), color=colour, label=first, alpha=0.8)
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per character", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(options.picture, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for command in (compare, ablate):
+        sub = commands.add_parser(command.__name__)
+        sub.set_defaults(command=command)
+        sub.add_argument("--seeds", type=int, default=3)
+        sub.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
+        if command is compare:
+            sub.add_argument("--configs", type=Path, nargs="+", default=[CPU])
+            sub.add_argument("--json", type=Path)
+        else:
+            sub.add_argument("--config", type=Path, default=CPU)
+            sub.add_argument("--seconds", type=int, default=60)
+    sub = commands.add_parser("plot")
+    sub.set_defaults(command=plot)
+    sub.add_argument("json", type=Path)
+    sub.add_argument("--picture", type=Path, default=Path("curves.png"))
+    options = parser.parse_args()
+    options.command(options)
+
+
+if __name__ == "__main__":
+    main()
