@@ -39,7 +39,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 TINY_SHAKESPEARE_BYTES = 1_115_394
 TIMEOUT_S = 15  # for connecting, and for each silence of the server
 
-PIECE_BYTES = 1 << 16  # read at a time: long enough for numpy, short enough for the CPU's cache
+PIECE_BYTES = 1 << 17  # read at a time: long enough for numpy, short enough for the CPU's cache
 CHECKED_BYTES = 1 << 28  # token files up to this size have every id checked when they are opened
 
 MAGIC = b"chargpt\n"

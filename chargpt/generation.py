@@ -123,27 +123,27 @@ class KVCache:
         self.newest = zeros((rows, 2), dtype=torch.long)  # ids; 0 where a row has fewer than two
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Make room for T more characters in every row, ids (B, T).
+        """Make room for T more characters in every row.
+
+        Args:
+            ids: (B, T)
 
         Returns:
             positions: (B, T), where each of them stands in its row
-            before: (B, 2), the ids of the two characters before them
+            before: (B, 2), the two ids before them, 0 where there are none
         """
-        T = ids.size(1)
-        before = self.newest
-        self.newest = torch.cat((before, ids), dim=1)[:, -2:]
-        rows, capacity = self.layers[0].keys.shape[:2]
-        device = self.layers[0].keys.device
+        (rows, capacity), T = self.layers[0].keys.shape[:2], ids.size(1)
         shortest, longest = min(self.lengths), max(self.lengths)
         positions = torch.tensor(self.lengths).unsqueeze(1) + torch.arange(T)  # (B, T)
-        self.slots = (positions + capacity * torch.arange(rows).unsqueeze(1)).flatten().to(device)
-        positions = positions.to(device)
+        self.slots = (positions + capacity * torch.arange(rows).unsqueeze(1)).flatten().to(ids.device)
+        positions = positions.to(ids.device)
         self.lengths = [length + T for length in self.lengths]
         self.end = longest + T
         self.mask = None  # enough for one new character after all others, or a start from nothing
         if shortest < longest or (T > 1 and longest > 0):
-            columns = torch.arange(self.end, device=device)
+            columns = torch.arange(self.end, device=ids.device)
             self.mask = columns <= positions[:, None, :, None]  # (B, 1, T, S)
+        before, self.newest = self.newest, torch.cat((self.newest, ids), dim=1)[:, -2:]
         return positions, before
 
     def put(self, rows: Sequence[int], source: "KVCache", source_rows: Sequence[int]) -> None:
@@ -280,10 +280,9 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]
         window = tuple(texts[row].window[:-1])
         by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
     for length, sharing in by_length.items():
-        if length == 0:
-            continue
         fresh = KVCache(gpt, len(sharing), capacity=length)
-        run(gpt, torch.tensor(list(sharing)), fresh)
+        if length > 0:
+            run(gpt, torch.tensor(list(sharing)), fresh)
         sources = [source for source, same in enumerate(sharing.values()) for _ in same]
         cache.put([row for same in sharing.values() for row in same], fresh, sources)
 

@@ -111,7 +111,9 @@ def test_decode_takes_tensors_single_ids_and_nothing():
     assert Vocabulary("").encode("").tolist() == []
 
 
-@pytest.mark.parametrize("ids, wrong", [([0, 3], "id 3 at position 1"), ([-1], "id -1 at position 0")])
+@pytest.mark.parametrize(
+    "ids, wrong", [([0, 3], "id 3 at position 1"), ([-1], "id -1 at position 0")]
+)
 def test_decode_refuses_ids_outside(ids, wrong):
     with pytest.raises(ValueError, match=f"{wrong} is outside the vocabulary of 3"):
         Vocabulary("abc").decode(ids)

@@ -1,0 +1,188 @@
+"""The network once more, the slow and plain way, to prove the fast one right.
+
+Head by head, with an explicit mask and softmax, every norm, activation and rotation written out, and
+nothing shared with the package. And, below, its way of writing: all that it may look at is read again
+for each character.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    def __init__(self, n_embd: int, plain: bool) -> None:
+        super().__init__()
+        self.weight = None if plain else nn.Parameter(torch.ones(n_embd))
+        self.bias = None if plain else nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=-1, keepdim=True)
+        variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + 1e-5)
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).eps)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """(B, T, D): the first half of the channels as real parts, the second as imaginary ones."""
+    T, D = x.shape[1:]
+    numbers = torch.complex(x[..., : D // 2], x[..., D // 2 :])
+    angles = torch.tensor([[t * 10_000 ** (-2 * i / D) for i in range(D // 2)] for t in range(T)])
+    numbers = numbers * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((numbers.real, numbers.imag), dim=-1).to(x.dtype)
+
+
+class Head(nn.Module):
+    def __init__(self, n_embd: int, head_size: int, rotary: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.rotary, self.qk_norm = rotary, qk_norm
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.size(1)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
+        future = torch.ones(T, T).triu(diagonal=1).bool()
+        scores = scores.masked_fill(future, -math.inf)
+        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+        return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    positive = torch.where(x > 0, x, torch.zeros_like(x))
+    if activation == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return positive if activation == "relu" else positive**2
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd, n_head, rotary, qk_norm, plain, bias, activation) -> None:
+        super().__init__()
+        self.activation = activation
+        self.attention_norm = Norm(n_embd, plain)
+        self.heads = nn.ModuleList(Head(n_embd, n_embd // n_head, rotary, qk_norm) for _ in range(n_head))
+        self.projection = nn.Linear(n_embd, n_embd, bias)
+        self.feed_forward_norm = Norm(n_embd, plain)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.attention_norm(x)
+        x = x + self.projection(torch.cat([head(normed) for head in self.heads], dim=-1))
+        return x + self.down(activate(self.up(self.feed_forward_norm(x)), self.activation))
+
+
+class Reference(nn.Module):
+    """The same arguments as `chargpt.GPT`, no dropout."""
+
+    def __init__(
+        self, vocab_size, block_size, n_embd, n_head, n_layer, position="learned", norm="layer",
+        bias=True, activation="relu", qk_norm=False, ngram_rows=0, **_,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        plain, rotary = norm == "plain", position == "rotary"
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding = None if rotary else nn.Embedding(block_size, n_embd)
+        self.table = nn.Embedding(ngram_rows, n_embd) if ngram_rows else None
+        self.embedding_norm = Norm(n_embd, plain=True) if plain else None
+        self.blocks = nn.ModuleList(
+            Block(n_embd, n_head, rotary, qk_norm, plain, bias, activation) for _ in range(n_layer)
+        )
+        self.norm = Norm(n_embd, plain)
+        self.output = nn.Linear(n_embd, vocab_size, bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token_embedding(ids)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[: ids.size(1)]
+        if self.table is not None:
+            x = x + self.ngrams(ids)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.output(self.norm(x))
+
+    def ngrams(self, ids: Tensor) -> Tensor:
+        """What stands before the beginning counts as id 0."""
+        rows = len(self.table.weight)
+        sums = []
+        for text in ids.tolist():
+            text = [0, 0, *text]
+            for third, second, last in zip(text, text[1:], text[2:]):
+                two = 36313 * last + 27191 * second
+                three = two + 51749 * third + 1
+                sums.append(self.table.weight[two % rows] + self.table.weight[three % rows])
+        return torch.stack(sums).view(*ids.shape, -1)
+
+
+def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
+    """The parameters of `chargpt.GPT` by name: each is made of these, one below the other."""
+    names = {}
+
+    def add(prefix: str, module: nn.Module | None) -> None:
+        for name, parameter in () if module is None else module.named_parameters():
+            names[f"{prefix}.{name}"] = [parameter]
+
+    add("token_embedding", reference.token_embedding)
+    add("position_embedding", reference.position_embedding)
+    add("ngram_embedding.table", reference.table)
+    for i, block in enumerate(reference.blocks):
+        add(f"blocks.{i}.attention_norm", block.attention_norm)
+        parts = [head.query for head in block.heads]
+        parts += [head.key for head in block.heads] + [head.value for head in block.heads]
+        names[f"blocks.{i}.attention.qkv.weight"] = [part.weight for part in parts]
+        add(f"blocks.{i}.attention.projection", block.projection)
+        add(f"blocks.{i}.feed_forward_norm", block.feed_forward_norm)
+        add(f"blocks.{i}.feed_forward.expansion", block.up)
+        add(f"blocks.{i}.feed_forward.projection", block.down)
+    add("norm", reference.norm)
+    add("head", reference.output)
+    return names
+
+
+@torch.no_grad()
+def reference_of(gpt: nn.Module, **sizes) -> Reference:
+    """A Reference with the weights of a `chargpt.GPT` that was made with these arguments."""
+    reference = Reference(**sizes).to(gpt.token_embedding.weight.dtype)
+    names, weights = named_as_in_gpt(reference), dict(gpt.named_parameters())
+    assert names.keys() == weights.keys()
+    for name, parts in names.items():
+        for part, weight in zip(parts, weights[name].split([len(part) for part in parts])):
+            part.copy_(weight)
+    return reference
+
+
+def window_by_the_rule(ids: list[int], block_size: int) -> list[int]:
+    """Character by character: when the window would outgrow block_size, its newest half remains."""
+    window = []
+    for id in ids:
+        window.append(id)
+        if len(window) > block_size:
+            window = window[-math.ceil(block_size / 2) :]
+    return window
+
+
+@torch.no_grad()
+def write_greedily(network: nn.Module, prompt: list[int], n: int, exact_window: bool = False) -> list[int]:
+    """The prompt and the n most likely ids after it, each window read from its beginning."""
+    ids = list(prompt)
+    for _ in range(n):
+        if exact_window:
+            window = ids[-network.block_size :]
+        else:
+            window = window_by_the_rule(ids, network.block_size)
+        ids.append(int(network(torch.tensor([window]))[0, -1].argmax()))
+    return ids

@@ -1,0 +1,125 @@
+"""The network against its textbook form, and what a network of this kind must never do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chargpt.model import GPT
+from reference import named_as_in_gpt, reference_of
+
+SIZES = dict(vocab_size=11, block_size=12, n_embd=24, n_head=3, n_layer=2)
+SWITCHES = {
+    "textbook": {},
+    "rotary": dict(position="rotary"),
+    "plain norm": dict(norm="plain"),
+    "no bias": dict(bias=False),
+    "gelu": dict(activation="gelu"),
+    "relu2": dict(activation="relu2"),
+    "qk_norm": dict(qk_norm=True),
+    "ngrams": dict(ngram_rows=37),
+    "all": dict(
+        position="rotary", norm="plain", bias=False, activation="relu2", qk_norm=True, ngram_rows=37
+    ),
+}
+
+
+def random_gpt(**switches) -> GPT:
+    """Large random weights, so that every part matters."""
+    gpt = GPT(**SIZES, **switches).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return gpt
+
+
+def random_ids(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_base_size_has_the_textbooks_parameters():
+    assert sum(p.numel() for p in GPT(vocab_size=65).parameters()) == 10_788_929
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_logits_and_gradients_are_those_of_the_textbook(switches):
+    gpt = random_gpt(**switches).double()
+    reference = reference_of(gpt, **SIZES, **switches)
+    ids, targets = random_ids(3, 12), random_ids(3, 12, seed=3)
+    logits, expected = gpt(ids), reference(ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)
+
+    for scores in (logits, expected):
+        F.cross_entropy(scores.flatten(0, 1), targets.flatten()).backward()
+    gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
+    for name, parts in named_as_in_gpt(reference).items():
+        expected = torch.cat([part.grad for part in parts])
+        torch.testing.assert_close(gradients[name], expected, rtol=0, atol=2e-6, msg=lambda m: f"{name}: {m}")
+        assert expected.abs().max() > 1e-3, f"{name}: a gradient of nothing proves nothing"
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+@torch.no_grad()
+def test_no_character_sees_a_later_one(switches):
+    gpt, ids = random_gpt(**switches), random_ids(1, 12)
+    before = gpt(ids)
+    for position in (1, 6, 11):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % SIZES["vocab_size"]
+        after = gpt(changed)
+        torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-6)
+        assert (after - before)[:, position:].abs().amax(-1).min() > 1e-4
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    gpt = GPT(vocab_size=65, n_embd=192, n_layer=3)
+    for name, parameter in gpt.named_parameters():
+        std = 0.02 / 6**0.5 if "projection" in name else 0.02
+        if "norm" in name:
+            assert (parameter == float(name.endswith("weight"))).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.03 * std, name
+
+
+@torch.no_grad()
+def test_zero_init_starts_as_the_identity_and_undecided():
+    gpt = GPT(**SIZES, zero_init=True, ngram_rows=5).eval()
+    ids = random_ids(2, 12)
+    assert (gpt(ids) == 0).all()
+    x = gpt.token_embedding(ids)
+    assert torch.equal(gpt.blocks[0](x, torch.arange(12)), x)
+
+
+def test_dropout_works_in_training_alone():
+    gpt, ids = GPT(**SIZES, dropout=0.5), random_ids(2, 12)
+    assert not torch.equal(gpt(ids), gpt(ids))
+    gpt.eval()
+    assert torch.equal(gpt(ids), gpt(ids))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(vocab_size=0), "vocab_size is 0"),
+        (dict(block_size=0), "block_size is 0"),
+        (dict(n_embd=-24), "n_embd is -24"),
+        (dict(n_head=0), "n_head is 0"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(n_head=5), "n_embd 24 is not divisible by n_head 5"),
+        (dict(n_head=8, position="rotary"), "rotary .* is odd"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(dropout=-0.1), "dropout is -0.1"),
+    ],
+)
+def test_sizes_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(**{**SIZES, **wrong})
+
+
+def test_more_positions_than_block_size():
+    with pytest.raises(ValueError, match="13 positions .* block_size is 12"):
+        GPT(**SIZES)(random_ids(1, 13))

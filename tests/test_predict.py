@@ -1,0 +1,194 @@
+"""What the predict command does with a Writer: prompts in, texts out, and nothing half done."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chargpt.predict import SEPARATOR, Generate, one_by_one, predict
+from chargpt.vocabulary import UnknownCharacterError
+from chargpt.writer import Piece, Settings, Writer
+from test_writer import CHARACTERS, make_writer
+
+WRITER = make_writer()
+
+
+class Stdin:
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+
+def run(**options) -> None:
+    predict(WRITER, Generate(**dict(max_new_chars=30) | options), "x.ckpt")
+
+
+def complete(prompt: str, **settings) -> str:
+    return WRITER.complete(prompt, **dict(max_new_chars=30) | settings)
+
+
+def line(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def test_standard_output_holds_the_prompt_and_what_follows_it(capfdbinary):
+    run(prompt="café", seed=3)
+    assert capfdbinary.readouterr() == (line(complete("café", seed=3)).encode(), b"")
+
+
+def test_defaults_are_those_of_python(capsys):
+    predict(WRITER, Generate(), "x.ckpt")
+    assert capsys.readouterr().out == line(WRITER.complete("\n"))
+
+
+def test_several_samples_are_separated(capsys):
+    run(prompt="abc", num_samples=3)
+    samples = WRITER.complete_all(["abc"], num_samples=3, max_new_chars=30)[0]
+    assert capsys.readouterr().out == SEPARATOR.join(map(line, samples))
+
+
+def test_prompts_of_a_file(capsys, tmp_path):
+    for ending, bom in (("\n", b""), ("\r\n", b"\xef\xbb\xbf")):
+        file = tmp_path / "prompts.txt"
+        file.write_bytes(bom + f"abc{ending}{ending}café dead{ending}".encode())
+        run(prompts=str(file), num_samples=2, stop=["f", "é"])
+        texts = [
+            text
+            for prompt in ("abc", "\n", "café dead")
+            for text in WRITER.complete_all([prompt], num_samples=2, max_new_chars=30, stop=["f", "é"])[0]
+        ]
+        assert capsys.readouterr().out == SEPARATOR.join(map(line, texts))
+
+
+def test_a_prompt_from_standard_input_is_taken_as_it_stands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stdin("café\n".encode()))
+    run(prompt="-")
+    assert capsys.readouterr().out == line(complete("café\n"))
+
+
+def test_json_lines(capsys):
+    run(prompt="abc", num_samples=2, format="jsonl", seed=7, temperature=0.5, stop=["é"])
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    texts = WRITER.complete_all(["abc"], num_samples=2, max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
+    assert [(r["prompt"], r["text"], r["sample"], r["seed"]) for r in lines] == [
+        ("abc", texts[0][0], 0, 7),
+        ("abc", texts[0][1], 1, 7),
+    ]
+    assert lines[0]["checkpoint"] == "x.ckpt"
+    again = Settings(seed=lines[0]["seed"], **lines[0]["settings"])
+    assert again == Settings(max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
+
+
+def test_output_goes_to_the_file_alone(capsys, tmp_path):
+    file = tmp_path / "poem.txt"
+    file.write_text("what it held before")
+    run(prompt="café", output=str(file))
+    assert file.read_text(encoding="utf-8") == line(complete("café"))
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_error_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    def fails(*_):
+        yield Piece(0, "a", False)
+        raise RuntimeError("out of something")
+
+    file = tmp_path / "poem.txt"
+    file.write_text("what it held before")
+    monkeypatch.setattr(Writer, "write", fails)
+    with pytest.raises(RuntimeError):
+        run(output=str(file))
+    assert file.read_text() == "what it held before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_device_is_written_to_and_not_replaced():
+    run(output=os.devnull)
+    assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.parametrize("output", [False, True])
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+def test_an_interruption_leaves_the_texts_so_far(capsys, tmp_path, monkeypatch, output, format):
+    def interrupted(*_):
+        yield from [Piece(0, "a", False), Piece(1, "b", False), Piece(0, "c", False), Piece(1, "d", True)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    file = tmp_path / "poem.txt"
+    with pytest.raises(KeyboardInterrupt):
+        run(prompt="é", num_samples=3, format=format, output=str(file) if output else "")
+    text = file.read_text(encoding="utf-8") if output else capsys.readouterr().out
+    if format == "jsonl":
+        assert [json.loads(line)["text"] for line in text.splitlines()] == ["éac", "ébd"]
+    else:
+        assert text == "éac\n" + SEPARATOR + "ébd\n"
+
+
+def test_pieces_are_shown_as_they_come():
+    asked = []
+
+    def pieces():
+        for piece in [Piece(0, "a", False), Piece(1, "b", False), Piece(0, "c", True), Piece(1, "d", True)]:
+            asked.append(piece.text)
+            yield piece
+
+    seen = [(index, piece, len(asked)) for index, text in one_by_one(pieces(), 2) for piece in text]
+    assert seen == [(0, "a", 1), (0, "c", 3), (1, "b", 3), (1, "d", 4)]
+
+
+def test_a_reader_that_has_had_enough_and_a_narrow_locale():
+    program = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from test_predict import *\n"
+        "run(prompt='é' * 20, max_new_chars=100_000)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONIOENCODING="ascii"),
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout.read(100).startswith("é".encode() * 20)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(num_samples=0), "num_samples is 0"),
+        (dict(prompt="a", prompts="b.txt"), "not both"),
+        (dict(format="xml"), "format is"),
+        (dict(temperature=-1), "temperature is -1"),
+        (dict(max_new_chars=-1), "max_new_chars is -1"),
+    ],
+)
+def test_options_that_mean_nothing(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Generate(**wrong)
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(capsys, tmp_path, monkeypatch):
+    file, empty, binary = tmp_path / "poem.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("")
+    binary.write_bytes(b"abc\xff")
+    for options, error, message in [
+        (dict(prompt="xyz"), UnknownCharacterError, "'x'"),
+        (dict(prompts=str(tmp_path / "none.txt")), OSError, "none.txt"),
+        (dict(prompts=str(empty)), ValueError, "empty.txt is empty"),
+        (dict(prompts=str(binary)), ValueError, "binary.txt is not UTF-8 text: invalid byte at offset 3"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(output=str(file), **options)
+    with pytest.raises(ValueError, match="there is no folder"):
+        run(output=str(tmp_path / "nowhere" / "poem.txt"))
+    monkeypatch.setattr(sys, "stdin", Stdin(b"\xff"))
+    with pytest.raises(ValueError, match="standard input is not UTF-8"):
+        run(prompt="-")
+    assert capsys.readouterr().out == "" and not file.exists()

@@ -1,0 +1,64 @@
+"""A text, a network and a trainer so small that a whole run takes a moment."""
+
+import random
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+
+from chargpt.checkpointing import AtomicCheckpointIO, LastCheckpoint, best_checkpoint_callback
+from chargpt.cli import TRAINER_DEFAULTS
+from chargpt.data import CharDataModule
+from chargpt.module import GPTModule
+
+MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
+
+
+def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
+    path = folder / "text.txt"
+    path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
+    return path
+
+
+def make_data(folder: Path, **settings) -> CharDataModule:
+    settings = dict(block_size=8, batch_size=4, seed=1) | settings
+    corpus = settings.pop("corpus", None) or str(write_text(folder))
+    return CharDataModule(corpus, data_dir=str(folder / "cache"), **settings)
+
+
+def make_module(**settings) -> GPTModule:
+    sizes = dict(block_size=8, n_embd=16, n_head=2, n_layer=2, dropout=0.2, lr=1e-2, seed=1)
+    return GPTModule(**sizes | settings)
+
+
+def make_trainer(folder: Path, *callbacks, **settings) -> Trainer:
+    best = best_checkpoint_callback()
+    defaults = dict(max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False)
+    return Trainer(
+        **TRAINER_DEFAULTS | defaults | settings,
+        default_root_dir=folder,
+        callbacks=[*callbacks, best, LastCheckpoint(best)],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+    )
+
+
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def assert_same(a, b) -> None:
+    """Bit for bit: nested dicts and lists of tensors and plain values."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
