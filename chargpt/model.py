@@ -13,10 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+def squared_relu(x: Tensor) -> Tensor:
+    """So et al. 2021, Primer, arXiv:2109.08668."""
+    x = F.relu(x)
+    return x * x  # not x.square(), whose gradient takes four times as long on a processor
+
+
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer, arXiv:2109.08668
+    "relu2": squared_relu,
 }
 NORMS = {
     "layer": nn.LayerNorm,
@@ -24,54 +31,50 @@ NORMS = {
 }
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Turn each pair of channels by an angle proportional to its position.
+def rotation(positions: Tensor, D: int) -> Tensor:
+    """The turn of each pair of channels at each position, as complex numbers of length 1.
 
-    A dot product of two rotated vectors depends on their distance alone: Su et al. 2021,
+    A dot product of two vectors turned so depends on their distance alone: Su et al. 2021,
     RoFormer, arXiv:2104.09864.
 
     Args:
-        x: queries or keys, (B, H, T, D) with D even.
         positions: (T,), or (B, T) where the sequences of a batch stand at different places.
+        D: channels of a head, even.
+
+    Returns:
+        (T, 1, D / 2) or (B, T, 1, D / 2): one for all heads.
     """
-    half = x.size(-1) // 2
-    frequencies = 10_000.0 ** -(torch.arange(half, device=x.device) / half)  # (D/2,)
-    angles = positions.unsqueeze(-1) * frequencies  # (T, D/2) or (B, T, D/2)
-    angles = angles.unsqueeze(-3)  # one for all heads
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.split(half, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)
+    angles = positions.unsqueeze(-1) * frequencies
+    return torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn queries or keys, (..., T, H, D), by what `rotation` gives."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
 
 
 class MultiHeadAttention(nn.Module):
     """Every position gathers what it needs from itself and the positions before it."""
 
     def __init__(
-        self,
-        n_embd: int,
-        n_head: int,
-        dropout: float,
-        bias: bool = True,
-        rotary: bool = False,
-        qk_norm: bool = False,
+        self, n_embd: int, n_head: int, dropout: float, attention_dropout: float, bias: bool = True
     ) -> None:
         super().__init__()
         self.n_head = n_head
-        self.dropout = dropout
-        self.rotary = rotary
-        self.qk_norm = qk_norm
+        self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # of all heads at once
         self.projection = nn.Linear(n_embd, n_embd, bias)
         self.projection_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if self.qk_norm:  # Henry et al. 2020, arXiv:2010.04245
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        if self.rotary:
-            q, k = rotate(q, positions), rotate(k, positions)
+        qk, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).split([2 * self.n_head, self.n_head], dim=2)
+        if turn is not None:
+            qk = rotate(qk, turn)
+        q, k = qk.chunk(2, dim=2)  # (B, T, H, D) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)  # (B, H, S, D) each: those before, then these
@@ -80,7 +83,7 @@ class MultiHeadAttention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,  # one character may look at all there are
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -101,14 +104,14 @@ class FeedForward(nn.Module):
         return self.dropout(self.projection(self.activation(self.expansion(x))))
 
 
-class NgramEmbedding(nn.Module):
-    """One vector for the last two characters and one for the last three, out of a hashed table.
+class TrigramEmbedding(nn.Module):
+    """A vector for each three characters in a row, out of a hashed table.
 
-    What a few letters make likely is then looked up, and need not be worked out by attention
-    (Svenstrup et al. 2017, hash embeddings, arXiv:1709.03933).
+    What a few letters make likely is looked up, and need not be worked out by attention
+    (hash embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
     """
 
-    FACTORS = (36313, 27191, 51749)  # primes that spread neighbouring ids over the table
+    FACTORS = (36313, 27191, 51749)  # spread neighbouring ids over the table
 
     def __init__(self, rows: int, n_embd: int) -> None:
         super().__init__()
@@ -116,10 +119,10 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
         """(B, T, C), from ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
-        T, rows = ids.size(1), self.table.num_embeddings
+        T = ids.size(1)
         whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
-        last, second, third = (whole[:, 2 - i : 2 - i + T] * f for i, f in enumerate(self.FACTORS))
-        return self.table((last + second) % rows) + self.table((last + second + third + 1) % rows)
+        mixed = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
+        return self.table(mixed % self.table.num_embeddings)
 
 
 class Block(nn.Module):
@@ -138,8 +141,8 @@ class Block(nn.Module):
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cache)
+    def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turn, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -153,15 +156,16 @@ class GPT(nn.Module):
         n_head: attention heads, H; they share the channels, so H divides C.
         n_layer: blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
+        attention_dropout: the same for attention weights, where it is dear on a processor; as
+            `dropout` unless given.
         position: "learned" adds an embedding of the position, "rotary" turns queries and keys.
         norm: "layer" (LayerNorm), or "plain": without gain and bias, and on the embeddings as well.
         bias: whether linear layers add a bias (those of query, key and value never do).
         activation: of the feed-forward layers: "relu", "gelu" or "relu2" (ReLU squared).
-        qk_norm: normalise queries and keys, which keeps attention scores bounded.
         zero_init: start each residual branch and the head at zero: every block begins as the
             identity, and every character as equally likely.
-        ngram_rows: add embeddings of the last two and of the last three characters, which share
-            a table of this many rows; 0 for none.
+        trigram_rows: add an embedding of the last three characters, out of a hashed table of this
+            many rows; 0 for none.
 
     Raises:
         ValueError: a size that cannot be; the message names it.
@@ -175,26 +179,28 @@ class GPT(nn.Module):
         n_head: int = 6,
         n_layer: int = 6,
         dropout: float = 0.2,
+        attention_dropout: float | None = None,
         position: str = "learned",
         norm: str = "layer",
         bias: bool = True,
         activation: str = "relu",
-        qk_norm: bool = False,
         zero_init: bool = False,
-        ngram_rows: int = 0,
+        trigram_rows: int = 0,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size, block_size, n_embd, n_head, n_layer, dropout, position)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        check_sizes(vocab_size, block_size, n_embd, n_head, n_layer, dropout, attention_dropout, position)
         self.block_size = block_size
+        self.head_size = n_embd // n_head
         make_norm = NORMS[norm]
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd) if position == "learned" else None
-        self.ngram_embedding = NgramEmbedding(ngram_rows, n_embd) if ngram_rows else None
+        self.trigram_embedding = TrigramEmbedding(trigram_rows, n_embd) if trigram_rows else None
         self.embedding_norm = make_norm(n_embd) if norm == "plain" else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 make_norm(n_embd),
-                MultiHeadAttention(n_embd, n_head, dropout, bias, position == "rotary", qk_norm),
+                MultiHeadAttention(n_embd, n_head, dropout, attention_dropout, bias),
                 make_norm(n_embd),
                 FeedForward(n_embd, dropout, bias, activation),
             )
@@ -221,8 +227,8 @@ class GPT(nn.Module):
                 projection.weight.mul_(0.0 if zero_init else (2 * len(self.blocks)) ** -0.5)
         if zero_init:
             self.head.weight.zero_()
-        if self.ngram_embedding is not None:
-            self.ngram_embedding.table.weight.zero_()
+        if self.trigram_embedding is not None:
+            self.trigram_embedding.table.weight.zero_()
 
     def forward(self, ids: Tensor, cache=None) -> Tensor:
         """Score every character as the next one, at every position.
@@ -249,16 +255,24 @@ class GPT(nn.Module):
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        if self.ngram_embedding is not None:
-            x = x + self.ngram_embedding(ids, before)
+        if self.trigram_embedding is not None:
+            x = x + self.trigram_embedding(ids, before)
         x = self.embedding_norm(x)
+        turn = rotation(positions, self.head_size) if self.position_embedding is None else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, positions, None if cache is None else cache.layers[layer])
+            x = block(x, turn, None if cache is None else cache.layers[layer])
         return self.head(self.norm(x))  # (B, T, V)
 
 
 def check_sizes(
-    vocab_size: int, block_size: int, n_embd: int, n_head: int, n_layer: int, dropout: float, position: str
+    vocab_size: int,
+    block_size: int,
+    n_embd: int,
+    n_head: int,
+    n_layer: int,
+    dropout: float,
+    attention_dropout: float,
+    position: str,
 ) -> None:
     sizes = dict(
         vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_head=n_head, n_layer=n_layer
@@ -272,5 +286,6 @@ def check_sizes(
         raise ValueError(
             f"rotary positions turn pairs of channels, but n_embd {n_embd} / n_head {n_head} is odd"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
+    for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is {share}; it must be at least 0 and less than 1")

@@ -32,10 +32,11 @@ CPU = HERE.parents[1] / "configs" / "cpu.yaml"
 ABLATIONS = {
     "the whole recipe": [],
     "learned positions instead of rotary": ["--model.position=learned"],
-    "LayerNorm instead of RMSNorm": ["--model.norm=layer"],
+    "LayerNorm as the textbook has it": ["--model.norm=layer"],
+    "biases": ["--model.bias=true"],
     "ReLU instead of ReLU squared": ["--model.activation=relu"],
-    "no normalisation of queries and keys": ["--model.qk_norm=false"],
     "no zero initialisation": ["--model.zero_init=false"],
+    "no trigram embedding": ["--model.trigram_rows=0"],
     "no growing context": ["--model.short_contexts=null"],
     "AdamW alone": ["--model.muon_lr=null"],
     "constant learning rate": ["--model.schedule=constant"],

@@ -1,0 +1,156 @@
+"""How fast the base size writes: against recomputing, against the floor, and from a cold start.
+
+    python tests/benchmarks/generate.py                  # a minute or two
+    python tests/benchmarks/generate.py --chars 300 --every 60 --no-cold-start
+
+Recomputing reads the window again for each character, as the textbook's generate does. It is timed at
+every N-th of the same characters, between those that are written with the cache, so that both meet
+the same weather on a shared machine. The floor is the time that reading the blocks' weights takes:
+products of each of them with one row, layer after layer, as writing one character needs them.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from chargpt.generation import Sampling, generate
+from chargpt.model import GPT
+
+CHARACTERS = "".join(map(chr, range(32, 97)))  # as many as tiny Shakespeare has
+REPOSITORY = Path(__file__).parents[2]
+PROMPT = "THE BASE SIZE WRITES. " * 10
+
+COLD_START = """
+import time
+start = time.perf_counter()
+def lap(what):
+    global start
+    print(f"  {what:32s} {time.perf_counter() - start:6.3f} s")
+    start = time.perf_counter()
+import torch; lap("import torch")
+import chargpt.predict; lap("import what writing needs")
+import chargpt.cli; lap("import Lightning's command line")
+writer = chargpt.writer.load(PATH); lap("load the checkpoint")
+from chargpt import generation
+stream = writer.stream(PROMPT)
+prefill = generation.prefill
+def timed(*arguments):
+    global start
+    start = time.perf_counter()
+    prefill(*arguments); lap(f"prefill {len(PROMPT)} characters")
+    generation.prefill = prefill
+generation.prefill = timed
+next(stream); lap("first character")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chars", type=int, default=1000, help="characters to write")
+    parser.add_argument("--every", type=int, default=50, help="recompute every N-th of them")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 16], help="texts in a batch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cold-start", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    gpt = GPT(len(CHARACTERS)).eval()
+    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    print(f"{parameters:,} parameters, {args.threads} threads, {args.chars:,} characters")
+    for samples in args.samples:
+        against_recomputing(gpt, samples, args.chars, args.every)
+    against_the_floor(gpt, args.chars)
+    if args.cold_start:
+        cold_start(gpt)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def write(gpt: GPT, samples: int, chars: int):
+    return generate(gpt, [[0]] * samples, [f"0/{n}" for n in range(samples)], chars, Sampling())
+
+
+@torch.inference_mode()
+def against_recomputing(gpt: GPT, samples: int, chars: int, every: int) -> None:
+    cached, recomputed = [], []
+    steps = write(gpt, samples, chars)
+    for n in range(1, chars + 1):
+        cached.append(seconds(lambda: next(steps)))
+        if n % every == 0:
+            window = torch.randint(len(CHARACTERS), (samples, min(n, gpt.block_size)))
+            recomputed.append(seconds(lambda: recompute(gpt, window)))
+    fast, slow = (samples / statistics.mean(times) for times in (cached, recomputed))
+    print(
+        f"{samples:3d} samples: {fast:7.0f} characters per second with the cache, {slow:5.1f} recomputing: "
+        f"{fast / slow:.1f} times"
+    )
+
+
+def recompute(gpt: GPT, window: torch.Tensor) -> torch.Tensor:
+    """One character, as the textbook's generate chooses it."""
+    return torch.multinomial(gpt(window)[:, -1].softmax(-1), num_samples=1)
+
+
+@torch.inference_mode()
+def against_the_floor(gpt: GPT, chars: int) -> None:
+    weights = [
+        layer.weight
+        for block in gpt.blocks
+        for layer in (
+            block.attention.qkv,
+            block.attention.projection,
+            block.feed_forward.expansion,
+            block.feed_forward.projection,
+        )
+    ]
+    rows = {weight: torch.randn(1, weight.size(1)) for weight in weights}
+    megabytes = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
+    steps, written, floor = write(gpt, 1, 10 * chars), [], []
+    for _ in range(max(chars // 10, 1)):  # ten and ten, so that each finds the caches that it left
+        written += [seconds(lambda: next(steps)) for _ in range(10)]
+        floor += [seconds(lambda: [F.linear(rows[weight], weight) for weight in weights]) for _ in range(10)]
+    for name, figure in (("median", statistics.median), ("best", min)):
+        character, products = figure(written), figure(floor)
+        print(
+            f"{name:>6}: {1000 * character:.2f} ms a character; reading {megabytes:.0f} MB of weights at "
+            f"{megabytes / products / 1000:.1f} GB/s takes {1000 * products:.2f} ms: {character / products:.2f} times"
+        )
+
+
+def cold_start(gpt: GPT) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "base.ckpt"))
+        checkpoint = dict(
+            vocabulary=CHARACTERS,
+            state_dict={f"gpt.{name}": weight for name, weight in gpt.state_dict().items()},
+            hyper_parameters={},
+            datamodule_hyper_parameters={},
+        )
+        torch.save(checkpoint, path)
+        print("from a cold start, each part by itself:", flush=True)
+        program = f"PATH, PROMPT = {path!r}, {PROMPT!r}\n{COLD_START}"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+        command = [sys.executable, "-m", "chargpt", "predict", "--ckpt_path", path, "--generate.prompt", PROMPT]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
+        process.stdout.read(len(PROMPT) + 1)
+        print(f"  python -m chargpt predict, in all {time.perf_counter() - start:6.3f} s")
+        process.stdout.close()
+        process.communicate()
+
+
+if __name__ == "__main__":
+    main()
