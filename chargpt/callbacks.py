@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -15,6 +15,7 @@ from chargpt.writer import Writer
 
 LONG_RUN_S = 30 * 60  # a run without a GPU that takes longer is worth a word
 TIMED_STEPS = 3
+SAMPLE_CHARS = 300
 
 
 class ProgressBar(TQDMProgressBar):
@@ -42,6 +43,10 @@ class ProgressBar(TQDMProgressBar):
         if self.due():
             super().on_validation_batch_end(*args)
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if self._train_progress_bar is not None:
+            self.train_progress_bar.close()  # what is said next begins on a line of its own
+
     def due(self) -> bool:
         now = time.monotonic()
         if due := now - self.shown >= self.pause_s:
@@ -57,8 +62,12 @@ class ProgressBar(TQDMProgressBar):
 class Summary(Callback):
     """Says at the start what is trained on what, and where it is kept."""
 
-    @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        folder = trainer.log_dir  # all ranks must ask for it together
+        if trainer.is_global_zero:
+            self.say(trainer, module, folder)
+
+    def say(self, trainer: Trainer, module: LightningModule, folder: str | None) -> None:
         data, device = trainer.datamodule, trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         blocks = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -72,16 +81,19 @@ class Summary(Callback):
             f"({data.hparams.batch_size} per device x {trainer.world_size} devices"
             f" x {trainer.accumulate_grad_batches} accumulated)\n"
             f"device   {name}, precision {trainer.precision}\n"
-            f"run      {trainer.log_dir}"
+            f"run      {folder or 'leaves nothing behind'}"
         )
         if trainer.global_step:
             print(f"goes on  after step {trainer.global_step}")
-        if device.type == "cpu" and "bf16" in str(trainer.precision):
-            warn_if_bf16_crawls()
+        if device.type == "cpu" and "bf16" in str(trainer.precision) and (slower := slowdown_of_bf16()) > 2:
+            warnings.warn(
+                f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower in bf16 than in "
+                "float32; leave out --trainer.precision (and configs/gpu.yaml)"
+            )
 
 
-def warn_if_bf16_crawls() -> None:
-    """Time a matrix product of each type, since no flag of the processor says how fast it is."""
+def slowdown_of_bf16() -> float:
+    """How much longer a matrix product takes than in float32: no flag of the processor says it."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(256, 256).to(dtype)
@@ -90,12 +102,7 @@ def warn_if_bf16_crawls() -> None:
         a @ a
         return time.perf_counter() - start
 
-    slower = seconds(torch.bfloat16) / seconds(torch.float32)
-    if slower > 2:
-        warnings.warn(
-            f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower in bf16 than in "
-            "float32; leave out --trainer.precision (and configs/gpu.yaml)"
-        )
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 class Throughput(Callback):
@@ -124,7 +131,8 @@ class Throughput(Callback):
             self.first_batch, self.batches, self.start = batch_idx, 0, time.perf_counter()
         elif batch_idx == self.first_batch + TIMED_STEPS:
             self.say_if_long(trainer)
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self.batches:
+        every = trainer.log_every_n_steps
+        if every and trainer.global_step % every == 0 and self.batches:
             now = time.perf_counter()
             characters = self.batches * batch.size(0) * (batch.size(1) - 1) * trainer.world_size
             module.log("chars_per_second", characters / (now - self.start), prog_bar=True)
@@ -144,37 +152,36 @@ class Throughput(Callback):
 
 
 class TextSamples(Callback):
-    """Writes on from the same prompt at each validation, for TensorBoard's text page.
-
-    Args:
-        prompt: what the sample begins with, as far as the vocabulary has it.
-        max_new_chars: its length.
-    """
-
-    def __init__(self, prompt: str = "\n", max_new_chars: int = 300) -> None:
-        self.prompt = prompt
-        self.max_new_chars = max_new_chars
+    """Writes on from the same beginning at each validation, for TensorBoard's text page."""
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not boards:
             return
         writer = Writer(module.gpt, module.vocabulary)
-        text = writer.complete(self.prompt, max_new_chars=self.max_new_chars, seed=module.hparams.seed)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
-                logger.experiment.add_text("sample", indented, trainer.global_step)
+        text = writer.complete(max_new_chars=SAMPLE_CHARS, seed=module.hparams.seed)
+        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
+        for board in boards:
+            board.experiment.add_text("sample", indented, trainer.global_step)
 
 
 class FinalScore(Callback):
-    """Puts the best validation loss beside the hyperparameters, for TensorBoard's table of runs."""
+    """Says at the end what came of the run, and puts it beside the hyperparameters in TensorBoard.
+
+    Args:
+        best: the callback that keeps the best checkpoint.
+    """
+
+    def __init__(self, best: ModelCheckpoint) -> None:
+        self.best = best
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        score = self.best.best_model_score
         if score is None:
             return
+        print(f"\nbest validation loss {score:.4f}: {self.best.best_model_path}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 hparams = {**trainer.datamodule.hparams, **module.hparams}

@@ -79,7 +79,8 @@ class EvaluationBatches(IterableDataset):
     """Consecutive blocks that predict characters 2 to N of a split exactly once each.
 
     The last block is as short as it needs to be and stands in a batch of its own: nothing is
-    padded. Ranks take blocks in turn.
+    padded. Ranks take blocks in turn; one for which none is left reads a batch of none, since all
+    must take part in a validation.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class EvaluationBatches(IterableDataset):
         self.batches = [ours[i : i + batch_size] for i in range(0, len(ours), batch_size)]
         if self.tail and whole % world_size == rank:
             self.batches.append(np.array([whole * block_size]))
+        self.batches = self.batches or [ours]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -100,7 +102,7 @@ class EvaluationBatches(IterableDataset):
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for starts in self.batches[offset::stride]:
-            length = min(self.block_size + 1, len(self.tokens) - starts[0])
+            length = min(self.block_size + 1, len(self.tokens) - starts.max(initial=0))
             yield read_blocks(self.tokens, starts, length)
 
 
@@ -160,11 +162,19 @@ class CharDataModule(LightningDataModule):
         """Open the encoded text and check that its splits are long enough."""
         if self.corpus is None and self.trainer is None:
             self.prepare_data()
-        if self.trainer is not None:  # the first process decided; a fallback must be everyone's
-            source = self.trainer.strategy.broadcast(self.corpus and str(self.corpus.path))
-            self.corpus = self.corpus or open_corpus(source, self.hparams.data_dir)
+        if self.trainer is not None:
+            self.agree()
         self.save_hyperparameters({"corpus": str(self.corpus.path), "corpus_name": self.corpus.name})
         self.train_tokens, self.val_tokens, self.test_tokens = self.split()
+
+    def agree(self) -> None:
+        """Read the text that the first of all processes reads, a fallback too, on every machine."""
+        ours = self.corpus and (self.corpus.name, self.corpus.digest)
+        name, digest = self.trainer.strategy.broadcast(ours)
+        if ours != (name, digest):
+            self.corpus = open_corpus(name, self.hparams.data_dir)
+        if self.corpus.digest != digest:
+            raise CorpusError(f"{self.corpus.path} is not the same text on every machine\ncopy it anew")
 
     def split(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens, hparams = self.corpus.tokens, self.hparams

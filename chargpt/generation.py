@@ -9,14 +9,15 @@ network always sees at least half a window, and a character costs the same howev
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from chargpt.model import GPT
 
@@ -83,7 +84,7 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """What one attention layer remembers: keys and values, (B, S, H, D) each."""
+    """What one attention layer remembers: keys and values, (B, H, S, D) each."""
 
     def __init__(self, cache: "KVCache", keys: Tensor, values: Tensor) -> None:
         self.cache = cache
@@ -96,10 +97,10 @@ class LayerCache:
         Returns:
             all of them, (B, H, S, D) each, and which of them each new position may look at
         """
-        for memory, new in ((self.keys, k), (self.values, v)):
-            memory.flatten(0, 1).index_copy_(0, self.cache.slots, new.transpose(1, 2).flatten(0, 1))
-        end = self.cache.end
-        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2), self.cache.mask
+        where, end = self.cache.where, self.cache.end
+        self.keys[where] = k
+        self.values[where] = v
+        return self.keys[:, :, :end], self.values[:, :, :end], self.cache.mask
 
 
 class KVCache:
@@ -115,12 +116,12 @@ class KVCache:
 
     def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
         n_head, C = gpt.blocks[0].attention.n_head, gpt.token_embedding.embedding_dim
-        shape = (rows, gpt.block_size if capacity is None else capacity, n_head, C // n_head)
+        shape = (rows, n_head, gpt.block_size if capacity is None else capacity, C // n_head)
         # zeros, not empty: what a mask hides is still multiplied, and 0 * nan is nan
         zeros = gpt.token_embedding.weight.new_zeros
         self.layers = [LayerCache(self, zeros(shape), zeros(shape)) for _ in gpt.blocks]
         self.lengths = [0] * rows
-        self.newest = zeros((rows, 2), dtype=torch.long)  # ids; 0 where a row has fewer than two
+        self.newest = zeros((rows, 2), dtype=torch.long)  # ids, for embeddings of several characters
 
     def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Make room for T more characters in every row.
@@ -129,20 +130,27 @@ class KVCache:
             ids: (B, T)
 
         Returns:
-            positions: (B, T), where each of them stands in its row
+            positions: (B, T), or (T,) where they are the same in all rows
             before: (B, 2), the two ids before them, 0 where there are none
         """
-        (rows, capacity), T = self.layers[0].keys.shape[:2], ids.size(1)
+        T, device = ids.size(1), ids.device
         shortest, longest = min(self.lengths), max(self.lengths)
-        positions = torch.tensor(self.lengths).unsqueeze(1) + torch.arange(T)  # (B, T)
-        self.slots = (positions + capacity * torch.arange(rows).unsqueeze(1)).flatten().to(ids.device)
-        positions = positions.to(ids.device)
-        self.lengths = [length + T for length in self.lengths]
         self.end = longest + T
         self.mask = None  # enough for one new character after all others, or a start from nothing
+        if shortest == longest:
+            self.where = (slice(None), slice(None), slice(longest, self.end))
+            positions = torch.arange(longest, self.end, device=device)
+        else:
+            rows, heads = self.layers[0].keys.shape[:2]
+            positions = torch.tensor(self.lengths, device=device).unsqueeze(1)
+            positions = positions + torch.arange(T, device=device)  # (B, T)
+            rows = torch.arange(rows, device=device)[:, None, None]
+            heads = torch.arange(heads, device=device)[:, None]
+            self.where = (rows, heads, positions.unsqueeze(1))  # together (B, H, T)
         if shortest < longest or (T > 1 and longest > 0):
-            columns = torch.arange(self.end, device=ids.device)
-            self.mask = columns <= positions[:, None, :, None]  # (B, 1, T, S)
+            columns = torch.arange(self.end, device=device)
+            self.mask = columns <= positions[..., None, :, None]  # (T, S) or (B, 1, T, S)
+        self.lengths = [length + T for length in self.lengths]
         before, self.newest = self.newest, torch.cat((self.newest, ids), dim=1)[:, -2:]
         return positions, before
 
@@ -150,8 +158,8 @@ class KVCache:
         """Replace what `rows` remember by what `source_rows` of another cache do, all of one length."""
         T = source.lengths[0]
         for layer, other in zip(self.layers, source.layers):
-            layer.keys[rows, :T] = other.keys[source_rows, :T]
-            layer.values[rows, :T] = other.values[source_rows, :T]
+            layer.keys[rows, :, :T] = other.keys[source_rows, :, :T]
+            layer.values[rows, :, :T] = other.values[source_rows, :, :T]
         self.newest[rows] = source.newest[source_rows]
         for row in rows:
             self.lengths[row] = T
@@ -248,11 +256,11 @@ def generate(
         length = window_length(len(prompt), block_size, exact_window)
         texts.append(Text(index, list(prompt[-length:]), Random(seed)))
     stops = [list(stop) for stop in stops]
-    cache = KVCache(gpt, len(texts))
-    prefill(gpt, cache, texts, range(len(texts)))
+    network, cache = Network(gpt), KVCache(gpt, len(texts))
+    prefill(network, cache, texts, range(len(texts)))
     for left in reversed(range(max_new)):
         newest = torch.tensor([text.window[-1:] for text in texts])
-        logits = run(gpt, newest, cache)[:, -1].float().cpu()
+        logits = network(newest, cache)[:, -1].float().cpu()
         uniforms = torch.tensor([text.random.random() for text in texts], dtype=torch.float64)
         ids = choose(logits, sampling, uniforms).tolist()
         pieces = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
@@ -267,10 +275,10 @@ def generate(
         full = [row for row, text in enumerate(texts) if len(text.window) > block_size]
         for row in full:
             del texts[row].window[:-least]
-        prefill(gpt, cache, texts, full)
+        prefill(network, cache, texts, full)
 
 
-def prefill(gpt: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]) -> None:
+def prefill(network: "Network", cache: KVCache, texts: Sequence[Text], rows: Sequence[int]) -> None:
     """Read the windows of these rows, all but the newest character: the next step's input.
 
     Windows of one length are one batch, and those that are the same are read once.
@@ -280,17 +288,54 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]
         window = tuple(texts[row].window[:-1])
         by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
     for length, sharing in by_length.items():
-        fresh = KVCache(gpt, len(sharing), capacity=length)
+        fresh = KVCache(network.gpt, len(sharing), capacity=length)
         if length > 0:
-            run(gpt, torch.tensor(list(sharing)), fresh)
+            network(torch.tensor(list(sharing)), fresh)
         sources = [source for source, same in enumerate(sharing.values()) for _ in same]
         cache.put([row for same in sharing.values() for row in same], fresh, sources)
 
 
-def run(gpt: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    with evaluating(gpt):
-        # not gpt(...): a compiled network would be compiled again for each new length
-        return gpt.forward(ids.to(gpt.token_embedding.weight.device), cache)
+class Network:
+    """A GPT as it is while it writes: without dropout, and without nn.Module's ceremony.
+
+    nn.Module keeps layers and weights where Python looks for attributes last, and asks for hooks at
+    each call. With one character at a time that is a third of all that is not matrix products, so
+    during a call the layers are plain functions of their weights. Afterwards all is as it was.
+    """
+
+    def __init__(self, gpt: GPT) -> None:
+        self.gpt = gpt
+        self.shortcuts = [
+            (vars(module), {name: shortcut(layer) for name, layer in module.named_children()})
+            for module in gpt.modules()
+        ]
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        gpt = self.gpt
+        ids = ids.to(gpt.head.weight.device)
+        with evaluating(gpt):
+            for attributes, layers in self.shortcuts:
+                attributes.update(layers)  # these are found before nn.Module's own
+            try:
+                # not gpt(...): a compiled network would be compiled again for each new length
+                return gpt.forward(ids, cache)
+            finally:
+                for attributes, layers in self.shortcuts:
+                    for name in layers:
+                        attributes.pop(name, None)
+
+
+def shortcut(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer as a plain function, the layer itself where that is not worth while."""
+    if type(layer) is nn.Linear:
+        weight, bias = layer.weight, layer.bias
+        return lambda x: F.linear(x, weight, bias)
+    if type(layer) is nn.LayerNorm:
+        shape, weight, bias, eps = layer.normalized_shape, layer.weight, layer.bias, layer.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if type(layer) is nn.Dropout:
+        return lambda x: x
+    return layer
 
 
 @contextmanager

@@ -189,7 +189,17 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         attention_dropout = dropout if attention_dropout is None else attention_dropout
-        check_sizes(vocab_size, block_size, n_embd, n_head, n_layer, dropout, attention_dropout, position)
+        check_sizes(
+            vocab_size,
+            block_size,
+            n_embd,
+            n_head,
+            n_layer,
+            dropout,
+            attention_dropout,
+            position,
+            trigram_rows,
+        )
         self.block_size = block_size
         self.head_size = n_embd // n_head
         make_norm = NORMS[norm]
@@ -273,6 +283,7 @@ def check_sizes(
     dropout: float,
     attention_dropout: float,
     position: str,
+    trigram_rows: int,
 ) -> None:
     sizes = dict(
         vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_head=n_head, n_layer=n_layer
@@ -280,6 +291,8 @@ def check_sizes(
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+    if trigram_rows < 0:
+        raise ValueError(f"trigram_rows is {trigram_rows}; it must be at least 0")
     if n_embd % n_head:
         raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
     if position == "rotary" and (n_embd // n_head) % 2:

@@ -10,16 +10,37 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from chargpt.model import GPT, check_sizes
-from chargpt.optim import MuonAdamW, decay
+from chargpt.optim import POLAR_EXPRESS, MuonAdamW, decay
 from chargpt.runs import CheckpointError
 from chargpt.vocabulary import Vocabulary
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what to do."""
+
+
+class MeanLoss(Metric):
+    """Mean over characters, of losses that are means over some characters each.
+
+    torchmetrics' own MeanMetric leaves out either NaN or, with nan_strategy="disable", the weights.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("characters", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, characters: int) -> None:
+        self.total += loss.to(self.total.dtype) * characters
+        self.characters += characters
+
+    def compute(self) -> Tensor:
+        return self.total / self.characters
 
 
 class GPTModule(LightningModule):
@@ -31,14 +52,15 @@ class GPTModule(LightningModule):
         n_head: attention heads; they divide n_embd among themselves.
         n_layer: transformer blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
+        attention_dropout: the same for attention weights, where it is dear on a processor; null
+            takes dropout's.
         position: learned embeddings of positions, or rotary: queries and keys turned by them.
         norm: layer (LayerNorm), or plain: without gain and bias, and on the embeddings as well.
         bias: whether linear layers add a bias.
         activation: of the feed-forward layers; relu2 is ReLU squared.
-        qk_norm: normalise queries and keys.
         zero_init: start each residual branch and the head at zero.
-        ngram_rows: add embeddings of the last two and last three characters, out of a hashed table
-            with this many rows; 0 for none.
+        trigram_rows: add an embedding of the last three characters, out of a hashed table with this
+            many rows; 0 for none.
         lr: highest learning rate of AdamW.
         beta1: AdamW's decay of the running mean of gradients.
         beta2: AdamW's decay of the running mean of squared gradients.
@@ -69,13 +91,13 @@ class GPTModule(LightningModule):
         n_head: int = 6,
         n_layer: int = 6,
         dropout: float = 0.2,
+        attention_dropout: float | None = None,
         position: Literal["learned", "rotary"] = "learned",
         norm: Literal["layer", "plain"] = "layer",
         bias: bool = True,
         activation: Literal["relu", "gelu", "relu2"] = "relu",
-        qk_norm: bool = False,
         zero_init: bool = False,
-        ngram_rows: int = 0,
+        trigram_rows: int = 0,
         lr: float = 3e-4,
         beta1: float = 0.9,
         beta2: float = 0.999,
@@ -92,18 +114,24 @@ class GPTModule(LightningModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        check_sizes(1, block_size, n_embd, n_head, n_layer, dropout, position)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be positive")
+        check_sizes(
+            1, block_size, n_embd, n_head, n_layer, dropout, attention_dropout or 0.0, position, trigram_rows
+        )
+        for name, rate in (("lr", lr), ("muon_lr", muon_lr)):
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}; it must be positive")
+        for name, share in (("beta1", beta1), ("beta2", beta2), ("muon_momentum", muon_momentum)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is {share}; it must be at least 0 and less than 1")
+        if not 1 <= muon_iterations <= len(POLAR_EXPRESS):
+            raise ValueError(f"muon_iterations is {muon_iterations}; it must be 1 to {len(POLAR_EXPRESS)}")
         for length in short_contexts or {}:
             if length < 1 or block_size % length:
                 raise ValueError(f"short_contexts: {length} does not divide block_size {block_size}")
         self.save_hyperparameters()
         self.gpt: GPT | None = None  # made when the vocabulary is known
         self.vocabulary: Vocabulary | None = None
-        # A NaN must be seen, not left out of the mean.
-        self.mean_loss = MeanMetric(nan_strategy="disable")
-        self.mean_bpc = MeanMetric(nan_strategy="disable")
+        self.mean_loss = MeanLoss()
         self.validated_step = 0  # the last one after which the whole split was scored
 
     # ---- the network ----
@@ -119,11 +147,12 @@ class GPTModule(LightningModule):
             self.gpt.compile()  # in place: the names of the weights stay as they are
 
     def configure_model(self) -> None:
+        if self._trainer is None:  # load_from_checkpoint, where on_load_checkpoint builds
+            return
         if self.gpt is None:
             self.build(self.trainer.datamodule.vocabulary)
         if self.trainer.strategy.root_device.type != "mps":  # which has no float64
             self.mean_loss.set_dtype(torch.float64)
-            self.mean_bpc.set_dtype(torch.float64)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Asked on all ranks, so that all stop; what was saved before is left alone.
@@ -154,10 +183,11 @@ class GPTModule(LightningModule):
         context = self.context()
         # A block of T characters is T / context blocks of fewer.
         ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
-        if self.hparams.dropout:
+        if self.hparams.dropout or self.hparams.attention_dropout:
             self.seed_dropout()
         loss = self.loss(ids, targets)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # 0 in a barebones trainer: nothing is logged
+        if every and (self.global_step + 1) % every == 0:
             self.log_progress(loss.detach(), context)
         return loss
 
@@ -168,7 +198,8 @@ class GPTModule(LightningModule):
         torch.manual_seed(int(words[0]))
 
     def log_progress(self, loss: Tensor, context: int) -> None:
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, which stop together
+        # The mean of all ranks, which then stop together; reduced in place, so a copy.
+        loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
         if not math.isfinite(loss.item()):
             raise diverged("training loss", loss.item(), self.global_step + 1)
         self.log("train_loss", loss, prog_bar=True)
@@ -176,13 +207,17 @@ class GPTModule(LightningModule):
         if self.hparams.short_contexts:
             self.log("context", float(context))
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        batch = batch.long()
-        loss = self.loss(batch[:, :-1], batch[:, 1:])
-        characters = batch[:, 1:].numel()
-        self.mean_loss.update(loss, characters)
-        self.mean_bpc.update(loss / math.log(2), characters)
+    def on_validation_epoch_start(self) -> None:
+        self.mean_loss.reset()
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if len(batch) == 0:  # a rank for which no block was left
+            return
+        batch = batch.long()
+        ids, targets = batch[:, :-1], batch[:, 1:]
+        self.mean_loss.update(self.loss(ids, targets), targets.numel())
+
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
@@ -193,12 +228,11 @@ class GPTModule(LightningModule):
         self.log_means("test")
 
     def log_means(self, split: str) -> None:
-        # Here and not in the step: a rank without a block must take part in the sum.
-        loss = self.mean_loss.compute()
+        loss = self.mean_loss.compute()  # of all ranks together
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
-        self.log(f"{split}_loss", self.mean_loss, prog_bar=True)
-        self.log(f"{split}_bpc", self.mean_bpc)
+        self.log(f"{split}_loss", loss, prog_bar=True)
+        self.log(f"{split}_bpc", loss / math.log(2))
 
     # ---- the optimizer, and how its learning rate and the context go over a run ----
 

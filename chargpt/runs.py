@@ -13,6 +13,13 @@ import torch
 LOGS = "lightning_logs"
 BEST_NAME = "step={step}-val_loss={val_loss:.4f}"  # Lightning fills in the metrics
 LAST_NAME = "last"
+PARTS = {  # of a checkpoint of ours, beside what Lightning adds
+    "vocabulary": str,
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "global_step": int,
+}
 
 
 class CheckpointError(ValueError):
@@ -83,12 +90,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint that can be read: it is truncated, damaged, or holds code\n"
             "take an earlier checkpoint with --ckpt_path PATH, or train anew"
         ) from error
-    if not isinstance(checkpoint, dict) or not {
-        "vocabulary",
-        "state_dict",
-        "hyper_parameters",
-        "datamodule_hyper_parameters",
-    } <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in PARTS.items()
+    ):
         raise CheckpointError(
             f"{path} is a checkpoint of another project or another version of this one\n"
             "chargpt reads the checkpoints that `python -m chargpt fit` writes"

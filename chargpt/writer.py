@@ -177,7 +177,7 @@ class Writer(nn.Module):
         ]
         losses = []
         with evaluating(gpt):
-            for x, y in batches:
+            for x, y in (batch for batch in batches if batch[0].numel()):
                 logits = gpt.forward(x).flatten(0, 1).float()
                 losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
         losses = torch.cat(losses)
@@ -198,22 +198,28 @@ def load(path: str | Path | None = None) -> Writer:
         CheckpointError: (a ValueError) there is no such checkpoint, or it cannot be used.
     """
     path = resolve_checkpoint(path)
-    checkpoint = read_checkpoint(path)
+    return from_checkpoint(read_checkpoint(path), path)
+
+
+def from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Writer:
+    """The Writer of a checkpoint that has been read.
+
+    Raises:
+        CheckpointError: its weights, settings and vocabulary do not fit each other.
+    """
     hyper_parameters = checkpoint["hyper_parameters"]
     state = checkpoint["state_dict"]
     try:
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         names = inspect.signature(GPT).parameters.keys() & hyper_parameters.keys() - {"vocab_size"}
-        # built without memory for weights: those of the checkpoint take their place, no number is
-        # drawn, and the caller's random state stays what it was
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
             gpt = GPT(len(vocabulary), **{name: hyper_parameters[name] for name in names})
         prefix = "gpt."
         weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-        gpt.load_state_dict(weights, assign=True)
+        gpt.load_state_dict(weights)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} does not fit this version of chargpt: {str(error).splitlines()[0]}\n"
             "take another checkpoint, or train anew"
         ) from error
-    return Writer(gpt.float(), vocabulary).eval()
+    return Writer(gpt, vocabulary).eval()

@@ -24,23 +24,20 @@ class Norm(nn.Module):
         return x if self.weight is None else x * self.weight + self.bias
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).eps)
-
-
 def rotate(x: Tensor) -> Tensor:
-    """(B, T, D): the first half of the channels as real parts, the second as imaginary ones."""
+    """(B, T, D): channels 2i and 2i + 1 are a point in the plane, turned by t * 10,000^(-2i / D)."""
     T, D = x.shape[1:]
-    numbers = torch.complex(x[..., : D // 2], x[..., D // 2 :])
-    angles = torch.tensor([[t * 10_000 ** (-2 * i / D) for i in range(D // 2)] for t in range(T)])
-    numbers = numbers * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((numbers.real, numbers.imag), dim=-1).to(x.dtype)
+    angles = [[t * 10_000 ** (-i / D) for i in range(0, D, 2)] for t in range(T)]
+    cos = torch.tensor([[math.cos(angle) for angle in row] for row in angles]).to(x.dtype)
+    sin = torch.tensor([[math.sin(angle) for angle in row] for row in angles]).to(x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 class Head(nn.Module):
-    def __init__(self, n_embd: int, head_size: int, rotary: bool, qk_norm: bool) -> None:
+    def __init__(self, n_embd: int, head_size: int, rotary: bool) -> None:
         super().__init__()
-        self.rotary, self.qk_norm = rotary, qk_norm
+        self.rotary = rotary
         self.query = nn.Linear(n_embd, head_size, bias=False)
         self.key = nn.Linear(n_embd, head_size, bias=False)
         self.value = nn.Linear(n_embd, head_size, bias=False)
@@ -48,8 +45,6 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         T = x.size(1)
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
         if self.rotary:
             q, k = rotate(q), rotate(k)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
@@ -67,11 +62,11 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd, n_head, rotary, qk_norm, plain, bias, activation) -> None:
+    def __init__(self, n_embd, n_head, rotary, plain, bias, activation) -> None:
         super().__init__()
         self.activation = activation
         self.attention_norm = Norm(n_embd, plain)
-        self.heads = nn.ModuleList(Head(n_embd, n_embd // n_head, rotary, qk_norm) for _ in range(n_head))
+        self.heads = nn.ModuleList(Head(n_embd, n_embd // n_head, rotary) for _ in range(n_head))
         self.projection = nn.Linear(n_embd, n_embd, bias)
         self.feed_forward_norm = Norm(n_embd, plain)
         self.up = nn.Linear(n_embd, 4 * n_embd, bias)
@@ -88,17 +83,17 @@ class Reference(nn.Module):
 
     def __init__(
         self, vocab_size, block_size, n_embd, n_head, n_layer, position="learned", norm="layer",
-        bias=True, activation="relu", qk_norm=False, ngram_rows=0, **_,
+        bias=True, activation="relu", trigram_rows=0, **_,
     ) -> None:  # fmt: skip
         super().__init__()
         plain, rotary = norm == "plain", position == "rotary"
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = None if rotary else nn.Embedding(block_size, n_embd)
-        self.table = nn.Embedding(ngram_rows, n_embd) if ngram_rows else None
+        self.table = nn.Embedding(trigram_rows, n_embd) if trigram_rows else None
         self.embedding_norm = Norm(n_embd, plain=True) if plain else None
         self.blocks = nn.ModuleList(
-            Block(n_embd, n_head, rotary, qk_norm, plain, bias, activation) for _ in range(n_layer)
+            Block(n_embd, n_head, rotary, plain, bias, activation) for _ in range(n_layer)
         )
         self.norm = Norm(n_embd, plain)
         self.output = nn.Linear(n_embd, vocab_size, bias)
@@ -108,24 +103,22 @@ class Reference(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: ids.size(1)]
         if self.table is not None:
-            x = x + self.ngrams(ids)
+            x = x + self.trigrams(ids)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         for block in self.blocks:
             x = block(x)
         return self.output(self.norm(x))
 
-    def ngrams(self, ids: Tensor) -> Tensor:
+    def trigrams(self, ids: Tensor) -> Tensor:
         """What stands before the beginning counts as id 0."""
-        rows = len(self.table.weight)
-        sums = []
+        vectors = []
         for text in ids.tolist():
             text = [0, 0, *text]
             for third, second, last in zip(text, text[1:], text[2:]):
-                two = 36313 * last + 27191 * second
-                three = two + 51749 * third + 1
-                sums.append(self.table.weight[two % rows] + self.table.weight[three % rows])
-        return torch.stack(sums).view(*ids.shape, -1)
+                row = (36313 * last + 27191 * second + 51749 * third) % len(self.table.weight)
+                vectors.append(self.table.weight[row])
+        return torch.stack(vectors).view(*ids.shape, -1)
 
 
 def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
@@ -138,7 +131,7 @@ def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
 
     add("token_embedding", reference.token_embedding)
     add("position_embedding", reference.position_embedding)
-    add("ngram_embedding.table", reference.table)
+    add("trigram_embedding.table", reference.table)
     for i, block in enumerate(reference.blocks):
         add(f"blocks.{i}.attention_norm", block.attention_norm)
         parts = [head.query for head in block.heads]

@@ -1,13 +1,21 @@
 """Runs that are stopped anywhere and go on, and checkpoints that are whole or absent."""
 
+import errno
+import math
+import os
 import signal
+import sys
+import time
 from contextlib import suppress
 
 import pytest
+import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from chargpt.runs import read_checkpoint
+from chargpt.checkpointing import LastCheckpoint, best_checkpoint_callback
+from chargpt.module import TrainingError
+from chargpt.runs import CheckpointError, read_checkpoint
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
 
 
@@ -22,9 +30,10 @@ class StopAt(Callback):
         self.calls, self.nth, self.by = 0, nth, by
         setattr(self, hook, self.stop)
 
-    def stop(self, *_) -> None:
+    def stop(self, trainer, *_) -> None:
         self.calls += 1
         if self.calls == self.nth:
+            self.step = trainer.global_step
             if self.by is None:
                 raise Killed
             signal.raise_signal(self.by)
@@ -73,21 +82,166 @@ INTERRUPTIONS = [
 ]
 
 
+RECIPES = {
+    "adamw": {},
+    "muon, averaged": dict(model=MUON | dict(schedule="constant", warmup_steps=5), average=True),
+    "accumulated": dict(accumulate_grad_batches=3, val_check_interval=12, gradient_clip_val=0.5),
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request, tmp_path_factory):
+    """A function that trains in a folder, and what comes of a run that is left alone."""
+    settings = dict(RECIPES[request.param])
+    average = settings.pop("average", False)
+
+    def train(folder, *callbacks, **more):
+        averaging = [EMAWeightAveraging(decay=0.5)] if average else []
+        return run(folder, *averaging, *callbacks, **settings, **more)
+
+    return train, train(tmp_path_factory.mktemp("whole")), settings.get("accumulate_grad_batches", 1)
+
+
 @pytest.mark.parametrize("hook, nth, by, left", INTERRUPTIONS)
-@pytest.mark.parametrize("averaging", [False, True])
-def test_a_stopped_run_goes_on_exactly(tmp_path, hook, nth, by, left, averaging):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    model = MUON if averaging else {}
-
-    def train(folder, *callbacks, **settings):
-        average = [EMAWeightAveraging(decay=0.5)] if averaging else []
-        return run(folder, *average, *callbacks, model=model, **settings)
-
+def test_a_stopped_run_goes_on_exactly(tmp_path, recipe, hook, nth, by, left):
+    train, whole, accumulate = recipe
+    if hook.startswith("on_train") and nth > 1:
+        nth = (nth - 1) * accumulate + min(2, accumulate)  # in the middle of an accumulation
+        left -= accumulate > 1 and nth > 8 * accumulate
     with suppress(Killed):
         with pytest.raises(SystemExit) as stopped:
-            train(parts, StopAt(hook, nth, by))
+            train(tmp_path, stop := StopAt(hook, nth, by))
         assert stopped.value.code == 128 + by
-    rest = train(parts, ckpt_path=last(parts))
-    assert_same_end(train(whole), rest)
+    if by or hook.startswith("on_validation"):  # no step is lost
+        assert read_checkpoint(last(tmp_path))["global_step"] >= stop.step
+    rest = train(tmp_path, ckpt_path=last(tmp_path))
+    assert_same_end(whole, rest)
     assert len(rest[0]) == left
+
+
+def test_more_steps_go_on_from_the_end(tmp_path, recipe):
+    train, whole, accumulate = recipe
+    train(tmp_path, max_steps=7)  # validates after its last step too, the whole run does not
+    _, end = train(tmp_path, ckpt_path=last(tmp_path))
+    assert_same_end(whole, (whole[0][-2:], end))
+
+
+def test_a_run_without_validation_ends_with_its_last_step(tmp_path, recipe):
+    train, whole, _ = recipe
+    train(tmp_path, max_steps=7, limit_val_batches=0)
+    _, end = train(tmp_path, ckpt_path=last(tmp_path), limit_val_batches=0)
+    for key in ("global_step", "state_dict", "optimizer_states", "current_model_state"):
+        assert_same(whole[1].get(key), end.get(key))
+
+
+def test_the_best_checkpoint_of_a_run_can_be_gone_on_from(tmp_path, recipe):
+    train, whole, _ = recipe
+    train(tmp_path, max_steps=8)
+    (best,) = tmp_path.glob("checkpoints/step=*.ckpt")
+    assert_same_end(whole, (whole[0][-1:], train(tmp_path, ckpt_path=best)[1]))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    best = best_checkpoint_callback()
+    callback = LastCheckpoint(best)
+    clock = iter([10.0, 10.1, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    callback.receive(signal.SIGINT, None)
+    callback.receive(signal.SIGINT, None)  # torchrun's echo of the first
+    with pytest.raises(KeyboardInterrupt):
+        callback.receive(signal.SIGINT, None)
+
+
+# ---- whole or absent ----
+
+
+def test_a_full_disk_costs_the_checkpoint_being_written_and_no_other(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run(tmp_path, max_steps=4)
+    before = last(tmp_path).read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run(tmp_path, ckpt_path=last(tmp_path))
+    assert last(tmp_path).read_bytes() == before
+    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".ckpt"] * 2  # no half file
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path):
+    import resource
+
+    run(tmp_path, max_steps=4)
+    before = last(tmp_path).read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            run(tmp_path, ckpt_path=last(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert last(tmp_path).read_bytes() == before
+    run(tmp_path, ckpt_path=last(tmp_path))
+
+
+class Boom:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["optimizer_states", "hyper_parameters", "callbacks", "extra"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, where):
+    run(tmp_path, max_steps=4)
+    checkpoint = read_checkpoint(last(tmp_path))
+    checkpoint[where] = Boom(tmp_path / "executed")
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="holds code"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match="(?i)weights"):  # Lightning's own reading, as the command line asks for it
+        run(tmp_path, ckpt_path=tmp_path / "bad.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, size):
+    run(tmp_path, max_steps=4)
+    data = last(tmp_path).read_bytes()
+    last(tmp_path).write_bytes(data[: size if isinstance(size, int) else int(size * len(data))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_checkpoint(last(tmp_path))
+
+
+# ---- a loss that is no number ----
+
+
+class Poison(Callback):
+    """Makes a weight NaN before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, *_) -> None:
+        if trainer.global_step == self.step:
+            next(module.gpt.parameters()).data[:] = math.nan
+
+
+@pytest.mark.parametrize("log_every, step", [(1, 6), (100, 8)])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every, step):
+    """It is noticed where the loss is logged, else before the next checkpoint."""
+    with pytest.raises(TrainingError, match=f"nan at step {step}"):
+        run(tmp_path, Poison(5), log_every_n_steps=log_every)
+    checkpoint = read_checkpoint(last(tmp_path))
+    assert checkpoint["global_step"] == 4
+    assert all(w.isfinite().all() for w in checkpoint["state_dict"].values())
+
+
+def test_ctrl_c_saves_no_nan(tmp_path):
+    with pytest.raises(TrainingError, match="nan at step 6"):
+        run(tmp_path, Poison(5), StopAt("on_train_batch_end", 6, signal.SIGINT), log_every_n_steps=100)
+    assert read_checkpoint(last(tmp_path))["global_step"] == 4

@@ -15,10 +15,9 @@ SWITCHES = {
     "no bias": dict(bias=False),
     "gelu": dict(activation="gelu"),
     "relu2": dict(activation="relu2"),
-    "qk_norm": dict(qk_norm=True),
-    "ngrams": dict(ngram_rows=37),
+    "trigrams": dict(trigram_rows=37),
     "all": dict(
-        position="rotary", norm="plain", bias=False, activation="relu2", qk_norm=True, ngram_rows=37
+        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37
     ),
 }
 
@@ -87,11 +86,11 @@ def test_initial_weights():
 
 @torch.no_grad()
 def test_zero_init_starts_as_the_identity_and_undecided():
-    gpt = GPT(**SIZES, zero_init=True, ngram_rows=5).eval()
+    gpt = GPT(**SIZES, zero_init=True, trigram_rows=5).eval()
     ids = random_ids(2, 12)
     assert (gpt(ids) == 0).all()
     x = gpt.token_embedding(ids)
-    assert torch.equal(gpt.blocks[0](x, torch.arange(12)), x)
+    assert torch.equal(gpt.blocks[0](x), x)
 
 
 def test_dropout_works_in_training_alone():

@@ -185,7 +185,7 @@ def test_a_loaded_writer_writes_what_the_saved_one_did(tmp_path):
 
 def test_every_switch_of_the_network_travels(tmp_path):
     switches = dict(
-        position="rotary", norm="plain", bias=False, activation="relu2", qk_norm=True, ngram_rows=7
+        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=7
     )
     saved = make_writer(**switches)
     path = save(tmp_path / "x.ckpt", saved, hyper_parameters=SIZES | switches)

@@ -16,7 +16,8 @@ MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 
 def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
     path = folder / "text.txt"
-    path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
+    if not path.exists():  # written anew it would be encoded anew
+        path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
     return path
 
 

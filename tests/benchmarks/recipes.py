@@ -1,13 +1,15 @@
 """Validation loss against seconds of training, in one run on one machine.
 
     python tests/benchmarks/recipes.py compare --seeds 3 --json out.json
-    python tests/benchmarks/recipes.py compare --configs configs/laptop.yaml --seeds 1
+    python tests/benchmarks/recipes.py compare --configs configs/cpu.yaml configs/laptop.yaml --seeds 1
+    python tests/benchmarks/recipes.py compare --reference tests/benchmarks/nanogpt-gpu.yaml --configs configs/best.yaml
     python tests/benchmarks/recipes.py ablate --config configs/cpu.yaml --seconds 60 --seeds 2
     python tests/benchmarks/recipes.py plot out.json --picture curves.png      # needs matplotlib
 
 Each run is a `python -m chargpt fit` as a user would start it. Seconds are those of training
 alone: validation, text samples and checkpoints, which all happen at a validation, are counted
-separately and stated. `compare` begins with nanoGPT's CPU recipe on the textbook model.
+separately and stated. `compare` begins with the reference: nanoGPT's CPU recipe on the textbook
+model, unless told otherwise.
 """
 
 import argparse
@@ -111,18 +113,19 @@ def seconds_to(loss: float, run: dict[str, Any]) -> float | None:
 
 def compare(options: argparse.Namespace) -> None:
     runs = []
-    for config in [NANOGPT, *options.configs]:
+    reference_config = options.reference
+    for config in [reference_config, *options.configs]:
         mine = [run(config, seed, options.flags) for seed in range(1, options.seeds + 1)]
         show(config.stem, mine)
         runs += mine
-    reference = [r for r in runs if r["config"] == NANOGPT.stem]
+    reference = [r for r in runs if r["config"] == reference_config.stem]
     target = statistics.mean(r["val_loss"] for r in reference)
     whole = statistics.median(r["training_s"] for r in reference)
     for config in options.configs:
         times = [seconds_to(target, r) for r in runs if r["config"] == config.stem]
         if all(times):
             print(
-                f"{config.stem} reaches {target:.4f}, where {NANOGPT.stem} ends, after "
+                f"{config.stem} reaches {target:.4f}, where {reference_config.stem} ends, after "
                 f"{statistics.median(times):.1f} s: 1/{whole / statistics.median(times):.1f} of its time"
             )
     if options.json:
@@ -163,6 +166,7 @@ def main() -> None:
         sub.add_argument("--seeds", type=int, default=3)
         sub.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
         if command is compare:
+            sub.add_argument("--reference", type=Path, default=NANOGPT)
             sub.add_argument("--configs", type=Path, nargs="+", default=[CPU])
             sub.add_argument("--json", type=Path)
         else:

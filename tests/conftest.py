@@ -1,0 +1,107 @@
+"""What all tests share: a tiny text, a tiny run, and a world without network or user's folders."""
+
+import contextlib
+import io
+import os
+import random
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from chargpt import callbacks
+from chargpt.cli import main
+
+WORDS = "the a king queen speaks walks sings to of and but never always crown sword garden night".split()
+
+TINY = """\
+seed_everything: 7
+trainer: {max_steps: 8, val_check_interval: 4, log_every_n_steps: 2, accelerator: cpu}
+model: {n_embd: 8, n_head: 2, n_layer: 1, dropout: 0.1, lr: 0.003}
+data: {corpus: text.txt, block_size: 8, batch_size: 4, test_fraction: 0.1}
+"""
+
+
+class Result(NamedTuple):
+    """What a command left: its status, standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True, scope="session")
+def alone(tmp_path_factory):
+    """No user's folder is touched, no host is asked, and no two threads fight over tiny matrices."""
+    ask = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        if host in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname()):
+            return ask(host, *args, **kwargs)
+        raise socket.gaierror("there is no network in tests")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        patch.setenv("CHARGPT_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(callbacks, "SAMPLE_CHARS", 20)
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """2,000 characters of 23 kinds, the same each time."""
+    random.seed(1)
+    lines = (" ".join(random.choices(WORDS, k=6)).capitalize() + ".\n" for _ in range(80))
+    return "".join(lines)[:2000]
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Result]:
+    """Run a whole command in this process: importing Lightning for each would take seconds."""
+
+    def run(folder: Path, *args: str) -> Result:
+        before, out, err, status = os.getcwd(), io.StringIO(), io.StringIO(), 0
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                warnings.simplefilter("default")  # says each again
+                try:
+                    main(list(args))
+                except SystemExit as stop:
+                    status = stop.code or 0
+                except Exception:
+                    traceback.print_exc()
+                    status = 1
+        finally:
+            os.chdir(before)
+        return Result(status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, text) -> Path:
+    """A folder with a text and a configuration that trains a tiny model on it in no time."""
+    return furnish(tmp_path, text)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, text, command) -> Path:
+    """Such a folder, with a run in it. Only to be looked at."""
+    folder = furnish(tmp_path_factory.mktemp("trained"), text)
+    result = command(folder, "fit", "--config", "tiny.yaml")
+    assert result.status == 0, result.err
+    return folder
+
+
+def furnish(folder: Path, text: str) -> Path:
+    (folder / "text.txt").write_text(text, newline="\n")
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder

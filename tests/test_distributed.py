@@ -1,0 +1,111 @@
+"""Two processes over gloo do what one does with twice the batch, and stop together."""
+
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+
+from chargpt import corpus
+from chargpt.corpus import UnavailableError
+from chargpt.runs import read_checkpoint
+from test_checkpointing import StopAt
+from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+
+TWO = dict(strategy="ddp_fork", devices=2)
+
+
+class Record(Callback):
+    """What each rank read and logged, in a file of its own."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.batches, self.own, self.train_losses, self.val_losses = folder, [], [], [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, *_) -> None:
+        self.batches.append(batch)
+        self.own.append(outputs["loss"].item())
+        self.train_losses.append(trainer.callback_metrics["train_loss"].item())
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.val_losses.append(trainer.callback_metrics["val_loss"].item())
+        record = dict(batches=self.batches, own=self.own, train=self.train_losses, val=self.val_losses)
+        torch.save(record, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def train(folder, *callbacks, data=None, model=None, ckpt_path=None, **settings):
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(folder, Record(folder), *callbacks, **settings)
+    data = make_data(folder, **data or {})
+    trainer.fit(make_module(**{"dropout": 0.0} | (model or {})), data, ckpt_path=ckpt_path, weights_only=True)
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
+
+
+@pytest.mark.parametrize("model", [{}, MUON])
+def test_two_ranks_do_what_one_does_with_twice_the_batch(tmp_path, model):
+    first, second = train(tmp_path / "two", model=model, max_steps=20, **TWO)
+    (alone,) = train(tmp_path / "one", model=model, max_steps=20, data=dict(batch_size=8))
+    for a, b, both in zip(first["batches"], second["batches"], alone["batches"]):
+        assert torch.equal(torch.cat((a, b)), both)
+        assert not {tuple(row) for row in a.tolist()} & {tuple(row) for row in b.tolist()}
+    assert first["train"] == pytest.approx(alone["train"], abs=1e-4)
+    assert first["train"] == second["train"]
+    assert first["val"] == second["val"]
+    assert first["val"] == pytest.approx(alone["val"], abs=1e-4)
+
+
+def test_ranks_have_masks_of_their_own(tmp_path):
+    """All blocks are alike and the weights stand still: what differs is the masks."""
+    (tmp_path / "text.txt").write_text("ab" * 900 + "c" * 200)
+    settings = dict(model=dict(dropout=0.5, lr=1e-12, position="rotary"), data=dict(batch_size=1))
+    first, second = train(tmp_path, max_steps=3, **settings, **TWO)
+    assert len({*first["own"], *second["own"]}) == 6
+
+
+@pytest.mark.parametrize("characters", [2, 9, 10, 18, 90, 149])
+def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, characters):
+    """Of 2 characters one rank has nothing; of the others the ranks have different numbers of blocks."""
+    data = dict(corpus=str(write_text(tmp_path, 1000)), val_fraction=characters / 1000 + 1e-9)
+    scores = []
+    for settings in (dict(devices=1), TWO):
+        folder = tmp_path / str(len(scores))
+        record = train(folder, data=data, model=dict(lr=1e-9), max_steps=1, **settings)
+        scores.append(record[0]["val"][0])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "hook, nth, by",
+    [("on_train_batch_start", 7, signal.SIGINT), ("on_validation_batch_start", 2, signal.SIGTERM)],
+)
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, nth, by):
+    class StopSecondRank(StopAt):
+        def setup(self, trainer, *_, **__):
+            self.nth = self.nth if trainer.global_rank == 1 else None
+
+    settings = dict(accumulate_grad_batches=2, model=dict(dropout=0.2), **TWO)
+    train(tmp_path / "whole", **settings)
+    with pytest.raises(Exception, match=f"exit code {128 + by}"):
+        train(tmp_path / "parts", StopSecondRank(hook, nth, by), **settings)
+    assert read_checkpoint(last(tmp_path / "parts"))["global_step"] < 12
+    train(tmp_path / "parts", ckpt_path=last(tmp_path / "parts"), **settings)
+    whole, parts = (read_checkpoint(last(tmp_path / name)) for name in ("whole", "parts"))
+    for key in ("global_step", "state_dict", "optimizer_states"):
+        assert_same(whole[key], parts[key])
+
+
+def test_all_ranks_take_the_fallback_that_the_first_had_to_take(tmp_path, monkeypatch):
+    def not_to_be_had(places):
+        raise UnavailableError("no network")
+
+    monkeypatch.setattr(corpus, "_tiny_shakespeare", not_to_be_had)
+    fallback = dict(corpus="tiny-shakespeare", fallback_corpus="python-reference", val_fraction=0.001)
+    first, second = train(tmp_path, data=fallback, max_steps=2, **TWO)
+    text = corpus.open_corpus("python-reference", tmp_path / "cache").tokens
+    windows = np.lib.stride_tricks.sliding_window_view(text, 9)
+    for record in (first, second):
+        block = record["batches"][0][0].numpy()
+        assert (windows == block).all(1).any()

@@ -1,0 +1,263 @@
+"""The loss and its mean, the learning rate and the clock, precision, and what a checkpoint carries."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback
+
+from chargpt.model import GPT
+from chargpt.module import GPTModule, MeanLoss
+from chargpt.runs import CheckpointError, read_checkpoint
+from chargpt.vocabulary import Vocabulary
+from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
+
+
+class Watch(Callback):
+    """What each step trained with."""
+
+    def __init__(self) -> None:
+        self.lrs, self.losses, self.contexts = [], [], []
+
+    def on_train_batch_start(self, trainer, module, *_) -> None:
+        self.contexts.append(module.context())
+
+    def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.lrs.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+def train(folder, *callbacks, model=None, data=None, ckpt_path=None, **settings):
+    watch = Watch()
+    trainer = make_trainer(folder, watch, *callbacks, **settings)
+    module = make_module(**model or {})
+    trainer.fit(module, make_data(folder, **data or {}), ckpt_path=ckpt_path, weights_only=True)
+    return watch, module, trainer
+
+
+# ---- the mean over a split ----
+
+
+def test_mean_loss_weighs_by_characters_and_sees_nan():
+    mean = MeanLoss()
+    mean.update(torch.tensor(2.0), 30)
+    mean.update(torch.tensor(5.0), 10)
+    assert mean.compute() == 2.75
+    mean.update(torch.tensor(math.nan), 1)
+    assert mean.compute().isnan()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    _, module, _ = train(folder)
+    return folder, module
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_validation_loss_is_the_mean_over_all_characters_but_the_first(trained, batch_size):
+    """Against a loop over the characters, each predicted from what stands before it in its block."""
+    folder, module = trained
+    data = make_data(folder, batch_size=batch_size, val_fraction=0.0765)  # 153: no multiple of 8
+    scores = make_trainer(folder).validate(module, data, ckpt_path=last(folder), verbose=False)[0]
+    tokens = torch.from_numpy(data.val_tokens.astype("int64"))
+    losses = []
+    module.eval()
+    with torch.no_grad():
+        for i in range(1, len(tokens)):
+            start = (i - 1) // 8 * 8
+            logits = module.gpt(tokens[None, start:i])[0, -1]
+            losses.append(F.cross_entropy(logits.double(), tokens[i]).item())
+    assert len(losses) == 152
+    assert scores["val_loss"] == pytest.approx(sum(losses) / 152, abs=1e-6)
+    assert scores["val_bpc"] == pytest.approx(sum(losses) / 152 / math.log(2), abs=1e-6)
+
+
+def test_the_test_split_is_scored_like_the_validation_split(trained):
+    folder, module = trained
+    as_test = make_data(folder, val_fraction=0.1, test_fraction=0.1)
+    as_val = make_data(folder, val_fraction=0.1)
+    (tested,) = make_trainer(folder).test(module, as_test, verbose=False)
+    (validated,) = make_trainer(folder).validate(module, as_val, verbose=False)
+    assert tested["test_loss"] == validated["val_loss"]
+
+
+# ---- learning ----
+
+
+def test_one_batch_is_learnt_by_heart(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on a mat" + "\n" * 3)
+    data = dict(block_size=19, batch_size=4, val_fraction=0.1)
+    watch, _, _ = train(
+        tmp_path, model=dict(block_size=19, dropout=0.0, n_embd=32), data=data, max_steps=150, val_check_interval=150
+    )
+    assert watch.losses[0] > 2 and watch.losses[-1] < 0.05
+
+
+def test_the_seed_decides_weights_batches_and_masks(tmp_path):
+    def losses(**seeds):
+        torch.manual_seed(torch.seed())  # what the process did before does not matter
+        return train(tmp_path, data=dict(seed=seeds["data"]), model=dict(seed=seeds["model"]), max_steps=3)[0].losses
+
+    same = losses(model=1, data=1)
+    assert same == losses(model=1, data=1)
+    assert same != losses(model=2, data=1)
+    assert same != losses(model=1, data=2)
+
+
+@pytest.mark.parametrize("model", [dict(dropout=0.5), dict(dropout=0.0, attention_dropout=0.5)])
+def test_each_micro_batch_has_masks_of_its_own(tmp_path, model):
+    """All blocks are alike and the weights stand still: what differs is the masks, and they repeat."""
+    (tmp_path / "text.txt").write_text("ab" * 900 + "c" * 200)
+    model |= dict(lr=1e-12, position="rotary")
+    data = dict(batch_size=1)
+    watch, _, _ = train(tmp_path, model=model, data=data, max_steps=4, accumulate_grad_batches=2)
+    assert len(watch.losses) == len(set(watch.losses)) == 8
+    again, _, _ = train(tmp_path, model=model, data=data, max_steps=4, accumulate_grad_batches=2)
+    assert again.losses == watch.losses
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1, 1, 1]),
+        ("linear", [0.5, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5)]),
+    ],
+)
+def test_schedules(tmp_path, schedule, expected):
+    """Of a run of 4 steps, 2 of them warming up, down to a fifth."""
+    model = MUON | dict(schedule=schedule, warmup_steps=2, min_lr_ratio=0.2)
+    watch, _, _ = train(tmp_path, model=model, max_steps=4, limit_val_batches=0)
+    assert [lrs[0] / 0.01 for lrs in watch.lrs] == pytest.approx(expected)
+    assert [lrs[-1] / MUON["muon_lr"] for lrs in watch.lrs] == pytest.approx(expected)
+
+
+def test_contexts_grow(tmp_path):
+    model = dict(short_contexts={2: 0.25, 4: 0.5})
+    watch, _, _ = train(tmp_path, model=model, max_steps=8)
+    assert watch.contexts == [2, 2, 4, 4, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("model", [{}, MUON])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
+    """Ten steps go the way that they go in float32."""
+    model = model | dict(dropout=0.0)
+    trainer = dict(max_steps=10, limit_val_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    _, low, _ = train(tmp_path, model=model, precision=precision, **trainer)
+    _, full, _ = train(tmp_path, model=model, **trainer)
+    start = make_module(**model)
+    start.build(full.vocabulary)
+    begin, a, b = (torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full))
+    assert torch.cosine_similarity(a - begin, b - begin, dim=0) > 0.9
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    model = dict(dropout=0.0)
+    gradients = []
+
+    class Keep(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            gradients.append([p.grad.clone() for p in module.parameters()])
+
+    train(tmp_path, Keep(), model=model, max_steps=1, accumulate_grad_batches=4, data=dict(batch_size=2))
+    data = make_data(tmp_path, batch_size=2)
+    data.setup()
+    blocks = torch.cat([batch for _, batch in zip(range(4), data.train_dataloader())]).long()
+    fresh = make_module(**model)
+    fresh.build(data.vocabulary)
+    fresh.loss(blocks[:, :-1], blocks[:, 1:]).backward()
+    for accumulated, p in zip(gradients[0], fresh.parameters()):
+        torch.testing.assert_close(accumulated, p.grad, rtol=1e-4, atol=1e-7)
+
+
+# ---- the clock ----
+
+
+class Clock(Callback):
+    """A second for each step, and no other time passes."""
+
+    now = 100.0
+
+    def on_train_batch_end(self, *_) -> None:
+        self.now += 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def test_the_learning_rate_reaches_zero_as_time_is_up(tmp_path, clock):
+    watch, _, trainer = train(
+        tmp_path, clock, model=dict(schedule="linear"), max_steps=-1, max_time=dict(seconds=5)
+    )
+    assert [lrs[0] / 0.01 for lrs in watch.lrs] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert trainer.global_step == read_checkpoint(last(tmp_path))["global_step"] == 5
+    assert "val_loss" in trainer.callback_metrics
+
+
+def test_going_on_counts_the_time_already_spent(tmp_path, clock):
+    model, limits = dict(schedule="linear"), dict(max_time=dict(seconds=5))
+    train(tmp_path, clock, model=model, max_steps=3, **limits)
+    clock.now += 1000  # between the two
+    watch, _, trainer = train(tmp_path, clock, model=model, max_steps=-1, ckpt_path=last(tmp_path), **limits)
+    assert [lrs[0] / 0.01 for lrs in watch.lrs] == pytest.approx([0.4, 0.2])
+    assert trainer.global_step == 5
+
+
+# ---- what a checkpoint carries ----
+
+
+def test_a_typed_learning_rate_takes_effect_on_going_on(tmp_path):
+    train(tmp_path, model=MUON, max_steps=4)
+    model = dict(lr=0.5, muon_lr=0.25, muon_weight_decay=0.0)
+    watch, _, trainer = train(tmp_path, model=model, max_steps=5, ckpt_path=last(tmp_path))
+    assert watch.lrs == [[0.5, 0.5, 0.25, 0.25]]
+    assert trainer.optimizers[0].param_groups[-1]["weight_decay"] == 0.0
+
+
+def test_a_checkpoint_alone_gives_network_and_vocabulary(trained):
+    folder, module = trained
+    checkpoint = read_checkpoint(last(folder))
+    assert checkpoint["vocabulary"] == module.vocabulary.characters
+    alone = GPTModule.load_from_checkpoint(last(folder), weights_only=True)
+    assert alone.vocabulary == module.vocabulary
+    assert_same(alone.state_dict(), module.state_dict())
+    assert list(checkpoint["state_dict"]) == [f"gpt.{name}" for name in GPT(10, 8, 16, 2, 2).state_dict()]
+
+
+def test_another_vocabulary_is_refused(trained, tmp_path):
+    folder, _ = trained
+    write_text(tmp_path, alphabet="abcdefghz\n")
+    with pytest.raises(CheckpointError, match=r"new \('z'\) and 1 missing \(' '\)"):
+        train(tmp_path, ckpt_path=last(folder))
+
+
+def test_a_checkpoint_of_weights_alone_cannot_be_gone_on_with(trained, tmp_path):
+    folder, _ = trained
+    checkpoint = read_checkpoint(last(folder))
+    for key in ("loops", "optimizer_states", "lr_schedulers", "callbacks"):
+        del checkpoint[key]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(CheckpointError, match="weights alone"):
+        train(folder, ckpt_path=tmp_path / "weights.ckpt", max_steps=20)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(lr=0.0), "lr is 0.0"),
+        (dict(n_embd=10, n_head=3), "not divisible"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(block_size=8, short_contexts={3: 0.5}), "3 does not divide"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_module(**settings)
