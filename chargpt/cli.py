@@ -211,7 +211,7 @@ class ChargptCLI(LightningCLI):
         self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": self.callbacks(config, checkpoints)}
         try:
             return super().instantiate_trainer(**kwargs)
-        except TypeError as error:  # Lightning's word for a value that cannot be
+        except (TypeError, ImportError) as error:  # Lightning's words for what cannot be here
             raise ValueError(str(error)) from error
 
     def callbacks(self, config: Any, checkpoints: bool) -> list[Callback]:
@@ -340,6 +340,8 @@ def main(args: list[str] | None = None) -> None:
     except USER_ERRORS as error:
         fail(str(error) or type(error).__name__)
     except RuntimeError as error:
+        if "Connection closed by peer" in str(error):  # gloo's, where another process has failed
+            fail("another process of this run has stopped; its message says why")
         if "can't allocate memory" not in str(error):
             raise
         fail(f"out of memory{str(error).partition('allocate memory')[2]}")

@@ -98,8 +98,8 @@ class LayerCache:
             all of them, (B, H, S, D) each, and which of them each new position may look at
         """
         where, end = self.cache.where, self.cache.end
-        self.keys[where] = k
-        self.values[where] = v
+        self.keys[where] = k.to(self.keys.dtype)  # autocast may have made them narrower
+        self.values[where] = v.to(self.values.dtype)
         return self.keys[:, :, :end], self.values[:, :, :end], self.cache.mask
 
 

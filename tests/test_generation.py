@@ -180,6 +180,15 @@ def test_the_networks_mode_and_the_callers_random_state_stay():
     assert random.getstate() == state_of_python
 
 
+@ARCHITECTURES
+@pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "bfloat16 weights"])
+def test_half_precision_writes_too(switches, mixed):
+    gpt = random_gpt(**switches)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        texts = write(gpt if mixed else gpt.bfloat16(), [random_prompt(3), random_prompt(7)], 20)
+    assert [len(text) for text in texts] == [20, 20]
+
+
 def test_nothing_to_write():
     pieces = [piece for step in generate(random_gpt(), [[1], [2]], ["a", "b"], 0, GREEDY) for piece in step]
     assert pieces == [(0, [], True), (1, [], True)]

@@ -105,9 +105,15 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_device_is_written_to_and_not_replaced():
-    run(output=os.devnull)
-    assert not Path(os.devnull).is_file()
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    run(prompt="café", output=str(pipe))
+    assert pipe.is_fifo()
+    assert os.read(reader, 1000) == line(complete("café")).encode()
+    os.close(reader)
 
 
 @pytest.mark.parametrize("output", [False, True])

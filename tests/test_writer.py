@@ -209,7 +209,6 @@ def test_the_newest_runs_best_checkpoint_is_loaded_unless_told_otherwise(tmp_pat
     [
         dict(vocabulary="ab"),
         dict(vocabulary="ba"),
-        dict(vocabulary=None),
         dict(state_dict={}),
         dict(hyper_parameters=dict(SIZES, n_embd=32)),
         dict(hyper_parameters=dict(SIZES, n_head=5)),

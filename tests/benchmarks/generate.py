@@ -137,6 +137,7 @@ def cold_start(gpt: GPT) -> None:
             state_dict={f"gpt.{name}": weight for name, weight in gpt.state_dict().items()},
             hyper_parameters={},
             datamodule_hyper_parameters={},
+            global_step=0,
         )
         torch.save(checkpoint, path)
         print("from a cold start, each part by itself:", flush=True)
