@@ -143,6 +143,8 @@ class Parser(LightningArgumentParser):
     def in_plain_words(self, message: str) -> str:
         if match := re.match(r"unrecognized arguments: (\S+)", message):
             flag, *_ = match[1].split("=")
+            if flag.endswith((".yaml", ".yml")):
+                return f"{flag} belongs to no option\ndid you mean --config {flag}?"
             if not flag.startswith("-"):
                 return f"{flag!r} belongs to no option\neach option takes one value; quote what has spaces in it"
             return f"there is no option {flag}{self.suggestion(flag.lstrip('-'), '--')}"

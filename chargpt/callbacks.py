@@ -24,7 +24,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.pause_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines
-        self.shown = 0.0
+        self.shown = {"training": 0.0, "validation": 0.0}
 
     @property
     def total_train_batches(self) -> int | float:
@@ -36,21 +36,25 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description("training")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.due() or trainer.global_step == trainer.max_steps:
+        if self.due("training") or trainer.global_step == trainer.max_steps:
             super().on_train_batch_end(trainer, *args)
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.shown["validation"] = time.monotonic()
+        super().on_validation_start(trainer, module)
+
     def on_validation_batch_end(self, *args: Any) -> None:
-        if self.due():
+        if self.due("validation"):
             super().on_validation_batch_end(*args)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self._train_progress_bar is not None:
             self.train_progress_bar.close()  # what is said next begins on a line of its own
 
-    def due(self) -> bool:
+    def due(self, bar: str) -> bool:
         now = time.monotonic()
-        if due := now - self.shown >= self.pause_s:
-            self.shown = now
+        if due := now - self.shown[bar] >= self.pause_s:
+            self.shown[bar] = now
         return due
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
@@ -113,6 +117,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.first_batch: int | None = None
+        self.warm = 0.0  # when the first step was over
         self.batches = 0
         self.start = self.paused = time.perf_counter()
 
@@ -128,7 +133,8 @@ class Throughput(Callback):
     ) -> None:
         self.batches += 1
         if self.first_batch is None:  # the first step warms up, or compiles
-            self.first_batch, self.batches, self.start = batch_idx, 0, time.perf_counter()
+            self.first_batch, self.batches = batch_idx, 0
+            self.start = self.warm = time.perf_counter()
         elif batch_idx == self.first_batch + TIMED_STEPS:
             self.say_if_long(trainer)
         every = trainer.log_every_n_steps
@@ -140,7 +146,7 @@ class Throughput(Callback):
 
     @rank_zero_only
     def say_if_long(self, trainer: Trainer) -> None:
-        seconds = (time.perf_counter() - self.start) / TIMED_STEPS * trainer.accumulate_grad_batches
+        seconds = (time.perf_counter() - self.warm) / TIMED_STEPS * trainer.accumulate_grad_batches
         left = seconds * (trainer.max_steps - trainer.global_step)
         limited = any(isinstance(c, Timer) and c.time_remaining() is not None for c in trainer.callbacks)
         if trainer.strategy.root_device.type == "cpu" and not limited and left > LONG_RUN_S:

@@ -122,11 +122,11 @@ class ChargptCLI(LightningCLI):
         parser.set_defaults({"weights_only": True})  # no code from a checkpoint is run
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # we print the scores ourselves, in full
-        if subcommand == "predict":
-            parser.add_class_arguments(Generate, "generate")
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self.command == "predict":  # before all else in its --help
+            parser.add_class_arguments(Generate, "generate")
         parser.add_argument(
             "--seed_everything",
             type=int,
@@ -162,6 +162,8 @@ class ChargptCLI(LightningCLI):
             if self.command == "fit":
                 self.check_going_on(checkpoint)
         check_trainer(self.config[self.command].trainer)
+        if self.command == "fit":
+            check_end(self.config.fit)
 
     def parse(self, configs: list[str]) -> None:
         self.config = self.parser.parse_args([self.command, *(f"--config={c}" for c in configs), *self.typed])
@@ -171,7 +173,8 @@ class ChargptCLI(LightningCLI):
         if not {"optimizer_states", "loops"} <= checkpoint.keys():
             raise runs.CheckpointError(f"{self.checkpoint_path} holds weights alone; training cannot go on from it")
         if 0 < max_steps <= step:
-            say(f"nothing to do: the checkpoint is of step {step}, trainer.max_steps is {max_steps}")
+            say(f"nothing to do: the checkpoint is of step {step}, trainer.max_steps is {max_steps}\n"
+                "give a larger --trainer.max_steps to train on")
             raise SystemExit(0)
 
     def find_checkpoint(self) -> Path | None:
@@ -254,7 +257,7 @@ class ChargptCLI(LightningCLI):
             print_scores(self.trainer)
 
     def write(self) -> None:
-        groups = ("--trainer.", "--model.", "--data.")
+        groups = ("--trainer.", "--model.", "--data.", "--seed_everything")
         for flag in self.typed:
             if flag.startswith(groups) and not flag.startswith("--trainer.default_root_dir"):
                 say(f"warning: {flag.split('=')[0]} changes nothing: predict writes with the checkpoint as it is")
@@ -323,6 +326,16 @@ def check_trainer(config: Any) -> None:
         endless = name == "max_steps" and value == -1
         if isinstance(value, (int, float)) and value < 1 and not endless:  # a time is text
             raise ValueError(f"trainer.{name} is {value}; it must be at least 1")
+
+
+def check_end(config: Any) -> None:
+    """What comes down or grows over a run needs a run that ends."""
+    endless = config.trainer.max_steps in (-1, None) and config.trainer.max_time is None
+    if endless and (config.model.schedule != "constant" or config.model.short_contexts):
+        raise ValueError(
+            "trainer.max_steps is -1 and there is no trainer.max_time: schedule and short_contexts need an end\n"
+            "give --trainer.max_steps N or --trainer.max_time 00:01:00:00 (days:hours:minutes:seconds)"
+        )
 
 
 def main(args: list[str] | None = None) -> None:

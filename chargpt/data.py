@@ -118,8 +118,8 @@ class CharDataModule(LightningDataModule):
             be had; null refuses.
         block_size: characters that the model looks at, at most; given here, it reaches the model.
         batch_size: blocks in a batch, on each device.
-        val_fraction: share of the text, at its end, to validate on.
-        test_fraction: share of the text, after that, to test on.
+        val_fraction: share of the text to validate on, after the part to train on.
+        test_fraction: share of the text to test on, at its end.
         num_workers: processes that read ahead; reading is so cheap that 0 is usually fastest.
         seed: chooses the blocks; the command line fills in seed_everything.
 

@@ -120,6 +120,7 @@ class TrigramEmbedding(nn.Module):
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
         """(B, T, C), from ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
         T = ids.size(1)
+        # Id 0 is a character too; that it stands for none as well costs next to nothing.
         whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
         mixed = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
         return self.table(mixed % self.table.num_embeddings)
@@ -156,7 +157,7 @@ class GPT(nn.Module):
         n_head: attention heads, H; they share the channels, so H divides C.
         n_layer: blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
-        attention_dropout: the same for attention weights, where it is dear on a processor; as
+        attention_dropout: the same for attention weights, where it is slow on a CPU; as
             `dropout` unless given.
         position: "learned" adds an embedding of the position, "rotary" turns queries and keys.
         norm: "layer" (LayerNorm), or "plain": without gain and bias, and on the embeddings as well.
@@ -189,16 +190,18 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         attention_dropout = dropout if attention_dropout is None else attention_dropout
-        check_sizes(
-            vocab_size,
-            block_size,
-            n_embd,
-            n_head,
-            n_layer,
-            dropout,
-            attention_dropout,
-            position,
-            trigram_rows,
+        check_arguments(
+            vocab_size=vocab_size,
+            block_size=block_size,
+            n_embd=n_embd,
+            n_head=n_head,
+            n_layer=n_layer,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            position=position,
+            norm=norm,
+            activation=activation,
+            trigram_rows=trigram_rows,
         )
         self.block_size = block_size
         self.head_size = n_embd // n_head
@@ -274,25 +277,31 @@ class GPT(nn.Module):
         return self.head(self.norm(x))  # (B, T, V)
 
 
-def check_sizes(
-    vocab_size: int,
-    block_size: int,
+def check_arguments(
+    *,
     n_embd: int,
     n_head: int,
-    n_layer: int,
     dropout: float,
     attention_dropout: float,
     position: str,
+    norm: str,
+    activation: str,
     trigram_rows: int,
+    **sizes: int,
 ) -> None:
-    sizes = dict(
-        vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_head=n_head, n_layer=n_layer
-    )
-    for name, size in sizes.items():
+    """Raise a ValueError that names what cannot be among the arguments of `GPT`."""
+    for name, size in dict(sizes, n_embd=n_embd, n_head=n_head).items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
     if trigram_rows < 0:
         raise ValueError(f"trigram_rows is {trigram_rows}; it must be at least 0")
+    for name, choice, choices in (
+        ("position", position, ("learned", "rotary")),
+        ("norm", norm, tuple(NORMS)),
+        ("activation", activation, tuple(ACTIVATIONS)),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(choices)}")
     if n_embd % n_head:
         raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
     if position == "rotary" and (n_embd // n_head) % 2:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torchmetrics import Metric
 
-from chargpt.model import GPT, check_sizes
+from chargpt.model import GPT, check_arguments
 from chargpt.optim import POLAR_EXPRESS, MuonAdamW, decay
 from chargpt.runs import CheckpointError
 from chargpt.vocabulary import Vocabulary
@@ -52,7 +52,7 @@ class GPTModule(LightningModule):
         n_head: attention heads; they divide n_embd among themselves.
         n_layer: transformer blocks, one after the other.
         dropout: share of activations set to zero while training, in [0, 1).
-        attention_dropout: the same for attention weights, where it is dear on a processor; null
+        attention_dropout: the same for attention weights, where it is slow on a CPU; null
             takes dropout's.
         position: learned embeddings of positions, or rotary: queries and keys turned by them.
         norm: layer (LayerNorm), or plain: without gain and bias, and on the embeddings as well.
@@ -114,8 +114,17 @@ class GPTModule(LightningModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        check_sizes(
-            1, block_size, n_embd, n_head, n_layer, dropout, attention_dropout or 0.0, position, trigram_rows
+        check_arguments(
+            block_size=block_size,
+            n_embd=n_embd,
+            n_head=n_head,
+            n_layer=n_layer,
+            dropout=dropout,
+            attention_dropout=attention_dropout or 0.0,
+            position=position,
+            norm=norm,
+            activation=activation,
+            trigram_rows=trigram_rows,
         )
         for name, rate in (("lr", lr), ("muon_lr", muon_lr)):
             if rate is not None and not 0 < rate < math.inf:
@@ -125,9 +134,19 @@ class GPTModule(LightningModule):
                 raise ValueError(f"{name} is {share}; it must be at least 0 and less than 1")
         if not 1 <= muon_iterations <= len(POLAR_EXPRESS):
             raise ValueError(f"muon_iterations is {muon_iterations}; it must be 1 to {len(POLAR_EXPRESS)}")
-        for length in short_contexts or {}:
+        for name, least in (
+            ("warmup_steps", warmup_steps),
+            ("weight_decay", weight_decay),
+            ("muon_weight_decay", muon_weight_decay),
+            ("min_lr_ratio", min_lr_ratio),
+        ):
+            if not 0 <= least < math.inf:
+                raise ValueError(f"{name} is {least}; it must be at least 0")
+        for length, until in (short_contexts or {}).items():
             if length < 1 or block_size % length:
                 raise ValueError(f"short_contexts: {length} does not divide block_size {block_size}")
+            if not 0 < until <= 1:
+                raise ValueError(f"short_contexts: {until} is no share of the run; it must lie between 0 and 1")
         self.save_hyperparameters()
         self.gpt: GPT | None = None  # made when the vocabulary is known
         self.vocabulary: Vocabulary | None = None

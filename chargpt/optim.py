@@ -1,9 +1,9 @@
-"""How the weights are moved: parameter groups, Muon, and the learning rate over a run."""
+"""How the weights are moved: Muon, and the learning rate over a run."""
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each iteration the odd polynomial of
@@ -126,9 +126,3 @@ def decay(shape: str, progress: float) -> float:
     if shape == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if shape == "linear" else 1.0
-
-
-def split_parameters(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrices, on which weight decay acts, and the rest: biases and the gains of norms."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    return [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]

@@ -31,7 +31,7 @@ class Generate(Settings):
             for each, with the keys prompt, text, seed, sample, settings and checkpoint.
     """
 
-    prompt: str = "\n"
+    prompt: str = ""
     prompts: str = ""
     num_samples: int = 1
     output: str = ""

@@ -5,7 +5,7 @@
 
 Recomputing reads the window again for each character, as the textbook's generate does. It is timed at
 every N-th of the same characters, between those that are written with the cache, so that both meet
-the same weather on a shared machine. The floor is the time that reading the blocks' weights takes:
+the same load of the machine. The floor is the time that reading the blocks' weights takes:
 products of each of them with one row, layer after layer, as writing one character needs them.
 """
 

@@ -80,7 +80,7 @@ def main() -> None:
     moments = random.Random(args.seed)
     root = args.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     failures = 0
-    print(f"working in {root}\nprocesses  run  killed after s  at step  checkpoints  whole  same end", flush=True)
+    print(f"working in {root}\nprocesses  run  killed after s  at step  checkpoints  same end", flush=True)
     for world in (1, 2):
         alone = root / f"{world}-alone"
         alone.mkdir(parents=True)
@@ -104,7 +104,7 @@ def main() -> None:
             one_folder = len(list(folder.glob("lightning_logs/version_*"))) == 1
             failures += not (equal and one_folder)
             print(
-                f"{world:9} {run:4} {delay:15.2f} {step:8} {len(left):12}    yes  {'yes' if equal else 'NO'}",
+                f"{world:9} {run:4} {delay:15.2f} {step:8} {len(left):12}  {'yes' if equal else 'NO'}",
                 flush=True,
             )
     print(f"{2 * args.runs - failures} of {2 * args.runs} runs went on to the same end")
