@@ -150,7 +150,7 @@ def test_going_on_with_what_is_complete_says_so(run, command):
     result = command(run, "fit", "--ckpt_path=last")
     assert (result.status, result.err.splitlines()) == (
         0,
-        ["nothing to do: the checkpoint is of step 8, trainer.max_steps is 8"],
+        ["nothing to do: the checkpoint is of step 8, trainer.max_steps is 8", "give a larger --trainer.max_steps to train on"],
     )
 
 
