@@ -72,13 +72,13 @@ class MeasuredCLI(ChargptCLI):
 
 def run(config: Path, seed: int, flags: list[str]) -> dict[str, Any]:
     """Train once in a temporary folder; returns the curve and what it cost."""
-    home = Path.cwd()
+    home, config = Path.cwd(), config.absolute()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         os.chdir(folder)
         try:
             with contextlib.redirect_stderr(nowhere):
                 clock = MeasuredCLI(
-                    ["fit", f"--config={config.absolute()}", f"--seed_everything={seed}", *flags]
+                    ["fit", f"--config={config}", f"--seed_everything={seed}", *flags]
                 ).clock
         finally:
             os.chdir(home)
