@@ -68,16 +68,16 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
+    likeliest_first = logits.argsort(dim=-1, descending=True, stable=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
-        unlikely = logits.argsort(dim=-1, descending=True, stable=True)[:, sampling.top_k :]
-        logits = logits.scatter(-1, unlikely, -math.inf)
+        logits = logits.scatter(-1, likeliest_first[:, sampling.top_k :], -math.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
-        falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        falling = probabilities.gather(-1, likeliest_first)
         before = falling.cumsum(-1) - falling  # what the likelier ones have together
         falling = falling.masked_fill(before >= sampling.top_p, 0)
-        probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
+        probabilities = torch.zeros_like(falling).scatter(-1, likeliest_first, falling)
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]  # ends in exactly 1, which no uniform number reaches
     return torch.searchsorted(cumulative, uniforms.unsqueeze(-1), right=True).squeeze(-1)

@@ -237,7 +237,7 @@ def stated_distribution(logits: list[float], sampling: Sampling) -> list[float]:
     weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
     if sampling.top_k is not None:
         likeliest_first = likeliest_first[: sampling.top_k]
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # a sum meets 1 before the unlikely are in it
         total, together, kept = math.fsum(weights[id] for id in likeliest_first), 0.0, []
         for id in likeliest_first:
             kept.append(id)
