@@ -1,6 +1,5 @@
 """Nothing lost: checkpoints that are whole or absent, the last step, and stopping on a signal."""
 
-import os
 import signal
 import threading
 import time
@@ -12,31 +11,25 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from chargpt.files import whole_file
 from chargpt.runs import BEST_NAME, LAST_NAME, CheckpointError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, waits for the disk, then renames: a reader sees old or new, never half."""
+    """Lightning's own moves a file out of the temporary folder, which may end in half a checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with whole_file(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
             raise CheckpointError(
                 f"could not write checkpoint {path.absolute()}: {plain_reason(error)}\n"
                 "checkpoints written before are whole; make room, then go on with --ckpt_path last"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def plain_reason(error: BaseException) -> str:
@@ -58,7 +51,7 @@ def best_checkpoint_callback() -> ModelCheckpoint:
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` before and after each validation, at the end, and when a signal asks to stop.
+    """Saves `last.ckpt` before each validation, at the end, and when a signal asks to stop.
 
     Ctrl-C and SIGTERM only set a flag: a run stops between two steps or two blocks of a validation,
     all ranks at the same one, which leaves nothing half done. The process ends with status 130 or
@@ -106,7 +99,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.save(trainer)
+            # Its score is not in what was saved before; a run that is killed scores this step again.
+            self.saved_step = -1
             self.stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -115,8 +109,11 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def stop_if_asked(self, trainer: Trainer) -> None:
-        signum = torch.tensor(self.received, device=trainer.strategy.root_device)
-        if signum := int(trainer.strategy.reduce(signum, reduce_op="max")):
+        signum = self.received
+        if trainer.world_size > 1:  # each rank hears of it at a moment of its own
+            received = torch.tensor(signum, device=trainer.strategy.root_device)
+            signum = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if signum:
             if self.saved_step != trainer.global_step:
                 self.save(trainer)
             self.stop(trainer, signum)

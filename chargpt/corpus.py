@@ -18,11 +18,9 @@ import struct
 import sys
 import time
 import urllib.request
-import uuid
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +28,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from chargpt.files import whole_file
 from chargpt.vocabulary import UnknownCharacterError, Vocabulary, code_points
 
 TINY_SHAKESPEARE_URL = (
@@ -236,7 +235,7 @@ def _keep(data: bytes, name: str, places: list[Path]) -> Path:
         path = place / name / "input.txt"
         try:
             if not (path.is_file() and path.read_bytes() == data):
-                with _whole_file(path) as file:
+                with whole_file(path) as file:
                     file.write(data)
             return path
         except OSError as error:
@@ -287,7 +286,7 @@ def _encode(path: Path, sources: list[dict], token_files: list[Path]) -> Opened:
         header = _survey(path, sources, bar)
         for token_file in token_files:
             try:
-                with _whole_file(token_file, header["written_ns"]) as file:
+                with whole_file(token_file, header["written_ns"]) as file:
                     _write_tokens(file, header, bar)
                     if _look_at(path) != sources:
                         raise changed
@@ -440,21 +439,3 @@ def _unwritable(what: str, problems: list[str]) -> str:
         f"{what} can't be written: {'; '.join(problems)}.\n"
         "Set CHARGPT_DATA_DIR (or data_dir) to a folder that can be written."
     )
-
-
-@contextmanager
-def _whole_file(path: Path, mtime_ns: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` when all went well and else leaves nothing behind.
-    The last of several processes that do this at once wins, and none sees a half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if mtime_ns is not None:
-            os.utime(temporary, ns=(mtime_ns, mtime_ns))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

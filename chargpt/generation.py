@@ -67,13 +67,14 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    limited = sampling.top_k is not None or (sampling.top_p or 1) < 1
+    likeliest_first = logits.argsort(dim=-1, descending=True, stable=True) if limited else None
     logits = logits.double()
-    likeliest_first = logits.argsort(dim=-1, descending=True, stable=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = logits.scatter(-1, likeliest_first[:, sampling.top_k :], -math.inf)
     probabilities = logits.softmax(-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
+    if (sampling.top_p or 1) < 1:
         falling = probabilities.gather(-1, likeliest_first)
         before = falling.cumsum(-1) - falling  # what the likelier ones have together
         falling = falling.masked_fill(before >= sampling.top_p, 0)
@@ -181,23 +182,23 @@ class Text:
     random: Random
     held: list[int] = field(default_factory=list)  # written, perhaps the beginning of a stop
 
-    def add(self, id: int, stops: Sequence[Sequence[int]], last: bool) -> "Piece":
+    def add(self, id: int, stops: Sequence[Sequence[int]], last: bool) -> "NewIds":
         """Write one more id; what may be the beginning of a stop waits for the next one."""
         self.window.append(id)
         self.held.append(id)
         tails = [(start, self.held[start:]) for start in range(len(self.held))]
         for start, tail in tails:
             if tail in stops:
-                return Piece(self.index, self.held[:start], True)
+                return NewIds(self.index, self.held[:start], True)
         begins = (start for start, tail in tails if any(stop[: len(tail)] == tail for stop in stops))
         free = len(self.held) if last else next(begins, len(self.held))
-        piece = Piece(self.index, self.held[:free], last)
+        new = NewIds(self.index, self.held[:free], last)
         self.held = self.held[free:]
-        return piece
+        return new
 
 
-class Piece(NamedTuple):
-    """What is new of one text. The last piece of each is marked, and may be empty."""
+class NewIds(NamedTuple):
+    """What is new of one text. The last of each is marked, and may be empty."""
 
     index: int  # of the prompt that it follows
     ids: list[int]
@@ -227,7 +228,7 @@ def generate(
     sampling: Sampling,
     stops: Sequence[Sequence[int]] = (),
     exact_window: bool = False,
-) -> Iterator[list[Piece]]:
+) -> Iterator[list[NewIds]]:
     """Continue each prompt as if it were alone, all of them in one batch.
 
     Dropout is off while the network is at work, whatever its mode, and no random state but each
@@ -244,10 +245,10 @@ def generate(
             a pass over all of them for each; see `window_length`.
 
     Yields:
-        the pieces of one step, none of them empty but perhaps the last of a text
+        what is new of each text after one step, never empty but perhaps the last of a text
     """
     if max_new == 0:
-        yield [Piece(index, [], True) for index in range(len(prompts))]
+        yield [NewIds(index, [], True) for index in range(len(prompts))]
         return
     block_size = gpt.block_size
     least = window_length(block_size + 1, block_size, exact_window)
@@ -263,10 +264,10 @@ def generate(
         logits = network(newest, cache)[:, -1].float().cpu()
         uniforms = torch.tensor([text.random.random() for text in texts], dtype=torch.float64)
         ids = choose(logits, sampling, uniforms).tolist()
-        pieces = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
-        yield [piece for piece in pieces if piece.ids or piece.last]
+        news = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
+        yield [new for new in news if new.ids or new.last]
 
-        going_on = [row for row, piece in enumerate(pieces) if not piece.last]
+        going_on = [row for row, new in enumerate(news) if not new.last]
         if not going_on:
             return
         if len(going_on) < len(texts):

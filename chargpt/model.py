@@ -42,15 +42,15 @@ def rotation(positions: Tensor, D: int) -> Tensor:
         D: channels of a head, even.
 
     Returns:
-        (T, 1, D / 2) or (B, T, 1, D / 2): one for all heads.
+        (T, D / 2), or (B, 1, T, D / 2): one for all heads.
     """
     frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)
     angles = positions.unsqueeze(-1) * frequencies
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+    return torch.polar(torch.ones_like(angles), angles).unsqueeze(-3)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn queries or keys, (..., T, H, D), by what `rotation` gives."""
+    """Turn queries or keys, (B, H, T, D), by what `rotation` gives."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
 
@@ -70,11 +70,11 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).split([2 * self.n_head, self.n_head], dim=2)
+        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3H, T, D)
+        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
         if turn is not None:
             qk = rotate(qk, turn)
-        q, k = qk.chunk(2, dim=2)  # (B, T, H, D) each
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k = qk.chunk(2, dim=1)  # (B, H, T, D) each
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)  # (B, H, S, D) each: those before, then these

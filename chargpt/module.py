@@ -268,7 +268,7 @@ class GPTModule(LightningModule):
             )
         else:
             hidden = [p for p in self.gpt.blocks.parameters() if p.dim() == 2]
-            fused = [block.attention.qkv.weight for block in self.gpt.blocks]
+            qkv = [block.attention.qkv.weight for block in self.gpt.blocks]
             muon = dict(
                 muon=True,
                 lr=h.muon_lr,
@@ -280,8 +280,8 @@ class GPTModule(LightningModule):
                 [
                     dict(params=without(matrices, hidden), weight_decay=h.weight_decay, **adamw),
                     dict(params=vectors, weight_decay=0.0, **adamw),
-                    dict(params=without(hidden, fused), **muon),
-                    dict(params=fused, parts=3, **muon),  # query, key and value are three matrices
+                    dict(params=without(hidden, qkv), **muon),
+                    dict(params=qkv, parts=3, **muon),  # query, key and value are three matrices
                 ]
             )
         self.keep_settings(optimizer)

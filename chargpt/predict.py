@@ -1,5 +1,6 @@
 """What `python -m chargpt predict` does with a Writer: prompts in, texts out."""
 
+import codecs
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from chargpt.files import whole_file
 from chargpt.writer import Piece, Settings, Writer
 
 Write = Callable[[str], object]
@@ -167,16 +169,14 @@ def destination(output: str) -> Iterator[Write]:
         return
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-            yield file.write
-        temporary.replace(path)
-    except KeyboardInterrupt:  # what was written so far is what is wanted
-        temporary.replace(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    interrupt = None
+    with whole_file(path) as file:
+        try:
+            yield codecs.getwriter("utf-8")(file, errors="replace").write
+        except KeyboardInterrupt as error:  # what was written so far is what is wanted
+            interrupt = error
+    if interrupt:
+        raise interrupt
 
 
 @contextmanager

@@ -118,6 +118,8 @@ class Writer(nn.Module):
 
         Everything that can be wrong is found before the first character is written.
         """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
         rows = [list(self.encode(prompt)) for prompt in prompts for _ in range(num_samples)]
         seeds = [f"{settings.seed}/{sample}" for _ in prompts for sample in range(num_samples)]
         stops = [self.encode(stop) for stop in settings.stops]

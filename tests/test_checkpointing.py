@@ -77,7 +77,7 @@ INTERRUPTIONS = [
     ("on_validation_start", 2, signal.SIGTERM, 2),
     ("on_validation_batch_start", 12, signal.SIGINT, 2),
     ("on_validation_end", 2, signal.SIGINT, 1),
-    ("on_train_batch_start", 7, None, 2),
+    ("on_train_batch_start", 7, None, 3),  # what is left is of before the first
     ("on_validation_batch_start", 12, None, 2),
 ]
 

@@ -289,14 +289,14 @@ def test_tokens_of_a_named_text_in_a_read_only_folder_go_to_the_cache(
     data_dir, cache, monkeypatch
 ):
     write(data_dir / "mine/input.txt", "some text")
-    real = room._whole_file
+    real = room.whole_file
 
     def whole_file(path, *rest):
         if path.is_relative_to(data_dir):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return real(path, *rest)
 
-    monkeypatch.setattr(room, "_whole_file", whole_file)
+    monkeypatch.setattr(room, "whole_file", whole_file)
     corpus = open_corpus("mine", data_dir)
     assert corpus.path == data_dir / "mine/input.txt"
     (token_file,) = token_files(cache.parent)

@@ -25,6 +25,8 @@ import numpy as np
 MB = 1_000_000
 SLICE = 10 * MB  # characters for the list comprehension
 LETTERS = "etaoinshrdlu" * 40 + "cmwfgypbvkjxqz" * 10 + "ETAOINSHRDLUCMWFGYPBVKJXQZ"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cpu.yaml"
+TRAINED_ROUNDS = 5
 BATCH, BLOCK = 64, 257  # what a training step of the base configuration reads
 
 
@@ -86,6 +88,26 @@ def measure(folder: Path) -> None:
         reading = median_seconds(lambda: [tokens[i : i + BLOCK].copy() for i in starts()], 500)
         print(f"{name}: opened again in {opening * 1e3:.2f} ms, ", end="")
         print(f"a batch of {BATCH} x {BLOCK} read in {reading * 1e3:.3f} ms")
+    train(folder)
+
+
+def train(folder: Path) -> None:
+    """Steps of configs/cpu.yaml on the large text against those on the small one, in turns."""
+    from overhead import record_starts_of_steps, trainer_round
+
+    os.chdir(folder)
+    starts, seconds = record_starts_of_steps(), {"large": [], "small": []}
+    for n in range(TRAINED_ROUNDS + 1):
+        for name in sorted(seconds, reverse=n % 2 == 1):
+            flags = (f"--data.corpus={folder / name}.txt", f"--data.data_dir={folder}")
+            _, step = trainer_round(CONFIG, 40, starts, *flags)
+            if n > 0:  # the first round warms up
+                seconds[name].append(step)
+    ratios = [small / large for small, large in zip(seconds["small"], seconds["large"])]
+    print(
+        f"steps per second on the large text, as a share of those on the small one: "
+        f"median {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+    )
 
 
 def compare(text: str, characters: str, ours: float) -> None:

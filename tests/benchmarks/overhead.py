@@ -1,12 +1,13 @@
-"""What the Trainer costs: steps of `python -m chargpt fit` against a plain PyTorch loop.
+"""What the Trainer costs: steps of `python -m chargpt fit` against those of a plain PyTorch loop.
 
-Same network, same batches, same optimizer, in one process and in turns. The Trainer's side has the
-progress bar and the logging that a user gets. What happens at a validation is left out, since a
-plain loop would have to validate as well, but for the three checkpoints written then: their time is
-shared among the steps between two validations.
+Before each step of the Trainer the plain loop takes one: same size of network, same batches, same
+optimizer, and the same load of the machine, which changes more from second to second than what is
+measured here. The Trainer's side has the progress bar, the logging and the checks that a user gets.
+What happens at a validation is left out, since a plain loop would have to validate as well, but for
+the two checkpoints written then: their time is shared among the steps between two validations.
 
-    python tests/benchmarks/overhead.py --config configs/cpu.yaml --steps 100
-    python tests/benchmarks/overhead.py --config configs/base.yaml --steps 3 --rounds 2
+    python tests/benchmarks/overhead.py --config configs/cpu.yaml --steps 300
+    python tests/benchmarks/overhead.py --config configs/base.yaml --steps 12
 """
 
 import argparse
@@ -20,87 +21,103 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from chargpt.cli import ChargptCLI
-from chargpt.data import TrainingBatches
+from chargpt.data import CharDataModule, TrainingBatches
 from chargpt.module import GPTModule
 
-
-CHECKPOINTS = 3  # at a validation: the last one before and after it, and perhaps the best
-
-
-def trainer_round(config: Path, steps: int, monkeypatched_times: list[float]) -> tuple[ChargptCLI, float]:
-    """Run `steps` steps after a first one; returns the command line object and seconds per step."""
-    monkeypatched_times.clear()
-    cli = ChargptCLI(
-        [
-            "fit",
-            f"--config={config}",
-            f"--trainer.max_steps={steps + 1}",
-            "--trainer.limit_val_batches=0",
-            "--trainer.max_time=null",
-            "--model.schedule=constant",
-            "--model.short_contexts=null",
-        ]
-    )
-    seconds = (monkeypatched_times[-1] - monkeypatched_times[0]) / steps
-    begin = time.perf_counter()
-    cli.trainer.save_checkpoint("timed.ckpt")
-    checkpoint_s = time.perf_counter() - begin
-    return cli, seconds + CHECKPOINTS * checkpoint_s / cli.trainer.val_check_interval
+CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
+WARM_UP_STEPS = 2
 
 
-def plain_round(cli: ChargptCLI, steps: int) -> float:
-    """The same steps without Lightning; returns seconds per step."""
-    module, data = cli.model, cli.datamodule
-    module.build(data.vocabulary)
-    optimizer = module.configure_optimizers()
-    h = data.hparams
-    batches = TrainingBatches(data.train_tokens, h.block_size, h.batch_size, h.seed)
-    for k, batch in zip(range(steps + 1), batches):
-        if k == 1:
-            start = time.perf_counter()
-        batch = batch.long()
-        logits = module.gpt(batch[:, :-1])
+class PlainLoop:
+    """Training without Lightning, a step at a time.
+
+    Args:
+        module: knows its trainer; its network and its optimizer are made once more.
+        data: gives the blocks.
+    """
+
+    def __init__(self, module: GPTModule, data: CharDataModule) -> None:
+        trained = module.gpt
+        module.build(data.vocabulary)
+        self.optimizer = module.configure_optimizers()
+        self.gpt, module.gpt = module.gpt, trained
+        h = data.hparams
+        self.batches = iter(TrainingBatches(data.train_tokens, h.block_size, h.batch_size, h.seed))
+
+    def step(self) -> None:
+        batch = next(self.batches).long()
+        logits = self.gpt(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return (time.perf_counter() - start) / steps
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def record_starts_of_steps() -> list[float]:
-    times: list[float] = []
-    step = GPTModule.training_step
-
-    def timed_step(self, batch, batch_idx):
-        times.append(time.perf_counter())
-        return step(self, batch, batch_idx)
-
-    GPTModule.training_step = timed_step
-    return times
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/cpu.yaml"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
     options = parser.parse_args()
-    config, times = options.config.absolute(), record_starts_of_steps()
-
     trainer_s, plain_s = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        for _ in range(options.rounds):
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                cli, seconds = trainer_round(config, options.steps, times)
-            trainer_s.append(seconds)
-            plain_s.append(plain_round(cli, options.steps))
-            print(f"Trainer {trainer_s[-1] * 1e3:8.2f} ms/step   plain loop {plain_s[-1] * 1e3:8.2f} ms/step", flush=True)
-    ratios = [p / t for p, t in zip(plain_s, trainer_s)]
+    loop, plain_ended = None, 0.0
+    training_step = GPTModule.training_step
+
+    def step_after_a_plain_one(module: GPTModule, batch, batch_idx):
+        nonlocal loop, plain_ended
+        if loop is None:
+            loop = PlainLoop(module, module.trainer.datamodule)
+        else:
+            trainer_s.append(time.perf_counter() - plain_ended)
+        plain_s.append(seconds(loop.step))
+        plain_ended = time.perf_counter()
+        return training_step(module, batch, batch_idx)
+
+    GPTModule.training_step = step_after_a_plain_one
+    config = options.config.absolute()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+    ):
+        cli = ChargptCLI(
+            [
+                "fit",
+                f"--config={config}",
+                f"--trainer.max_steps={WARM_UP_STEPS + options.steps + 1}",
+                f"--trainer.default_root_dir={folder}",
+                "--trainer.limit_val_batches=0",
+                "--trainer.max_time=null",
+                "--model.schedule=constant",
+                "--model.short_contexts=null",
+                *options.flags,
+            ]
+        )
+        checkpoint = Path(folder, "timed.ckpt")
+        checkpoint_s = statistics.median(seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5))
+    report(trainer_s[WARM_UP_STEPS:], plain_s[WARM_UP_STEPS:-1], checkpoint_s, cli.trainer.val_check_interval)
+
+
+def report(trainer_s: list[float], plain_s: list[float], checkpoint_s: float, interval: int) -> None:
+    saving_s = CHECKPOINTS * checkpoint_s / interval
     print(
-        f"speed of the Trainer as a share of the plain loop's: median {statistics.median(ratios):.3f} "
-        f"(from {min(ratios):.3f} to {max(ratios):.3f})"
+        f"{len(plain_s)} steps of each, medians: Trainer {statistics.median(trainer_s) * 1e3:.1f} ms, "
+        f"plain loop {statistics.median(plain_s) * 1e3:.1f} ms; "
+        f"checkpoints {saving_s * 1e3:.2f} ms a step ({checkpoint_s:.3f} s each)"
     )
+    parts = [slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)]
+    for name, extra in (("without", 0.0), ("with", saving_s)):
+        ratios = [sum(plain_s[part]) / (sum(trainer_s[part]) + extra * len(plain_s[part])) for part in parts]
+        print(
+            f"speed of the Trainer as a share of the plain loop's, {name} checkpoints: "
+            f"median {statistics.median(ratios):.3f} of six parts (from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
 
 
 if __name__ == "__main__":
