@@ -162,13 +162,18 @@ class Parser(LightningArgumentParser):
         return message
 
     def suggestion(self, wrong: str, prefix: str = "") -> str:
-        """The nearest of all names, by its last part too: people type --lr for --model.lr."""
+        """The nearest name of the same group; else of any, by its last part too: people type --lr."""
         names = [action.dest for action in self._actions]
-        last = {name.rsplit(".")[-1]: name for name in names}
-        near = difflib.get_close_matches(wrong, names, n=1) or [
-            last[name] for name in difflib.get_close_matches(wrong.rsplit(".")[-1], last, n=1, cutoff=0.8)
-        ]
-        return f"\ndid you mean {prefix}{near[0]}?" if near else ""
+        group, _, last = wrong.rpartition(".")
+        same_group = [name for name in names if group and name.rpartition(".")[0] == group]
+        by_last = {name.rpartition(".")[2]: name for name in same_group or names}
+        near = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+        near = near or difflib.get_close_matches(wrong, names, n=1, cutoff=0.85)
+        if near:
+            return f"\ndid you mean {prefix}{near[0]}?"
+        if 0 < len(same_group) < 40:
+            return f"\n{group} has {', '.join(by_last)}"
+        return "\n--help after the command explains all that there are"
 
 
 def wrong_value(key: str, reason: str) -> str:

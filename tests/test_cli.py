@@ -437,6 +437,8 @@ CONFIGS = {
         (["fit", "--model.n_emb=3"], 2, "did you mean --model.n_embd?"),
         (["fit", "--lr=3"], 2, "did you mean --model.lr?"),
         (["predict", "--generate.promt=x"], 2, "did you mean --generate.prompt?"),
+        (["predict", "--generate.length=9"], 2, "generate has temperature, top_k, top_p, max_new_chars,"),
+        (["fit", "--learning_rate=3"], 2, "--help after the command explains"),
         (["fit", "--data.block_size", "abc"], 2, "data.block_size is abc; it must be a whole number"),
         (["fit", "--data.block_size"], 2, "--data.block_size needs a value"),
         (["fit", "--model.position=up"], 2, "one of 'learned', 'rotary'"),

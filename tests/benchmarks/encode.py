@@ -21,12 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 MB = 1_000_000
 SLICE = 10 * MB  # characters for the list comprehension
 LETTERS = "etaoinshrdlu" * 40 + "cmwfgypbvkjxqz" * 10 + "ETAOINSHRDLUCMWFGYPBVKJXQZ"
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cpu.yaml"
-TRAINED_ROUNDS = 5
+STEPS = 110  # of training on each text, the first ten not counted
 BATCH, BLOCK = 64, 257  # what a training step of the base configuration reads
 
 
@@ -92,22 +93,26 @@ def measure(folder: Path) -> None:
 
 
 def train(folder: Path) -> None:
-    """Steps of configs/cpu.yaml on the large text against those on the small one, in turns."""
-    from overhead import record_starts_of_steps, trainer_round
+    """Steps of configs/cpu.yaml's network on the large text against those on the small one, in turns."""
+    from chargpt.data import CharDataModule
+    from chargpt.module import GPTModule
+    from overhead import PlainLoop
 
-    os.chdir(folder)
-    starts, seconds = record_starts_of_steps(), {"large": [], "small": []}
-    for n in range(TRAINED_ROUNDS + 1):
-        for name in sorted(seconds, reverse=n % 2 == 1):
-            flags = (f"--data.corpus={folder / name}.txt", f"--data.data_dir={folder}")
-            _, step = trainer_round(CONFIG, 40, starts, *flags)
-            if n > 0:  # the first round warms up
-                seconds[name].append(step)
-    ratios = [small / large for small, large in zip(seconds["small"], seconds["large"])]
-    print(
-        f"steps per second on the large text, as a share of those on the small one: "
-        f"median {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
-    )
+    settings = yaml.safe_load(CONFIG.read_text())
+    loops, times = {}, {"large": [], "small": []}
+    for name in times:
+        place = dict(corpus=str(folder / f"{name}.txt"), data_dir=str(folder))
+        data = CharDataModule(**settings["data"] | place)
+        data.setup("fit")
+        loops[name] = PlainLoop(GPTModule(data.hparams.block_size, **settings["model"]), data)
+    for n in range(STEPS):
+        for name in sorted(times, reverse=n % 2 == 1):
+            start = time.perf_counter()
+            loops[name].step()
+            times[name].append(time.perf_counter() - start)
+    large, small = (statistics.median(seconds[10:]) for seconds in times.values())
+    print(f"a training step: {large * 1e3:.1f} ms on the large text, {small * 1e3:.1f} ms on the small one: ", end="")
+    print(f"{small / large:.3f} of its steps per second")
 
 
 def compare(text: str, characters: str, ours: float) -> None:
