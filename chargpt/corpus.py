@@ -68,10 +68,10 @@ class Corpus:
     """A text as ids, open for reading at any place.
 
     Attributes:
-        name: The named corpus, or the path as it was given.
-        path: The text file or folder, absolute.
-        vocabulary: The characters of the whole text.
-        tokens: The ids of its characters: shape (characters,), of `vocabulary.dtype`, read-only.
+        name: the named corpus, or the path as it was given.
+        path: the text file or folder, absolute.
+        vocabulary: the characters of the whole text.
+        tokens: the ids of its characters: shape (characters,), of `vocabulary.dtype`, read-only.
         digest: SHA-256 of the text's bytes, in hexadecimal.
     """
 
@@ -88,19 +88,19 @@ Opened = tuple[Vocabulary, np.memmap, str]  # what a token file gives a Corpus
 def open_corpus(
     corpus: str, data_dir: str | Path | None = None, fallback: str | None = None
 ) -> Corpus:
-    """Finds a text, encodes it unless that was done before, and opens it.
+    """Find a text, encode it unless that was done before, and open it.
 
     Args:
         corpus: `tiny-shakespeare`, `python-reference`, a UTF-8 text file, a folder (its .txt
             files, sub-folders included, in the order of their relative paths), or the name of
             a folder in `data_dir` that holds an `input.txt`.
-        data_dir: Where named texts and token files are kept, `default_data_dir()` if not given.
+        data_dir: where named texts and token files are kept, `default_data_dir()` if not given.
             What can't be written there goes to the user's cache directory.
-        fallback: What to use instead, after a FallbackWarning, when a known named corpus can't
+        fallback: what to use instead, after a FallbackWarning, when a known named corpus can't
             be had. The Corpus then bears the fallback's name.
 
     Raises:
-        CorpusError: There is no such text, or it can't be used.
+        CorpusError: there is no such text, or it can't be used.
     """
     data_dir = Path(os.path.abspath(os.path.expanduser(data_dir or default_data_dir())))
     try:
@@ -229,7 +229,7 @@ def _verify(data: bytes, what: str, advice: str) -> None:
 
 
 def _keep(data: bytes, name: str, places: list[Path]) -> Path:
-    """Writes a named text into the first place that can be written, unless it is there."""
+    """Write a named text into the first place that can be written, unless it is there."""
     problems = []
     for place in places:
         path = place / name / "input.txt"
@@ -278,7 +278,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _encode(path: Path, sources: list[dict], token_files: list[Path]) -> Opened:
-    """Writes the first of `token_files` that can be written, and opens it."""
+    """Write the first of `token_files` that can be written, and open it."""
     total = 2 * sum(source["size"] for source in sources)
     changed = CorpusError(f"{path} changed while it was read.\nStart again when it is complete.")
     problems = []
@@ -383,7 +383,7 @@ def _pieces(sources: list[dict], bar: tqdm) -> Iterator[bytes]:
 
 
 def _open_tokens(token_file: Path, sources: list[dict]) -> Opened | None:
-    """Opens a token file if it is there, whole, and made from `sources` as they are now."""
+    """Open a token file if it is there, whole, and made from `sources` as they are now."""
     try:
         with open(token_file, "rb") as file:
             header = _read_header(file)
@@ -415,7 +415,7 @@ def _read_header(file: BinaryIO) -> dict:
 
 
 def _map_tokens(file: BinaryIO, header: dict) -> Opened:
-    """Maps the ids that follow the header.
+    """Map the ids that follow the header.
 
     Every id of a small file is checked. A large one, for which that would take long, is trusted
     as long as its modification time is the one it was given when it was made: to damage it,

@@ -32,11 +32,11 @@ class Vocabulary:
     """A character's id is its place among the sorted distinct characters of a text.
 
     Args:
-        characters: The distinct characters in ascending order; the whole vocabulary is this
+        characters: the distinct characters in ascending order; the whole vocabulary is this
             string, so that is all a checkpoint has to carry.
 
     Raises:
-        ValueError: The characters are not sorted or not distinct.
+        ValueError: the characters are not sorted or not distinct.
     """
 
     def __init__(self, characters: str):
@@ -89,7 +89,7 @@ class Vocabulary:
         integers in one dimension, or a single id.
 
         Raises:
-            ValueError: An id lies outside the vocabulary.
+            ValueError: an id lies outside the vocabulary.
             TypeError: `ids` are not integers in one dimension.
         """
         ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
