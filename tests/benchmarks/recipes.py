@@ -30,14 +30,14 @@ HERE = Path(__file__).resolve().parent
 NANOGPT = HERE / "nanogpt-cpu.yaml"
 CPU = HERE.parents[1] / "configs" / "cpu.yaml"
 
-# What is taken away from a configuration, one at a time.
+# What is taken away from a configuration, or put into it, one at a time.
 ABLATIONS = {
     "the whole recipe": [],
     "learned positions instead of rotary": ["--model.position=learned"],
     "LayerNorm as the textbook has it": ["--model.norm=layer"],
     "biases": ["--model.bias=true"],
-    "ReLU instead of ReLU squared": ["--model.activation=relu"],
-    "no zero initialisation": ["--model.zero_init=false"],
+    "ReLU squared": ["--model.activation=relu2"],
+    "zero initialisation": ["--model.zero_init=true"],
     "no trigram embedding": ["--model.trigram_rows=0"],
     "no growing context": ["--model.short_contexts=null"],
     "AdamW alone": ["--model.muon_lr=null"],
