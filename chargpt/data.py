@@ -6,7 +6,6 @@ the last T the targets. It is widened on the device, so that little travels.
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -539,7 +539,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("name", ["fit", "validate", "predict"])
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "foreign", "code", "folder"])
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "foreign", "vocabulary", "code", "folder"])
 def test_a_bad_checkpoint_is_refused(trained, folder, command, name, kind):
     path, pwned = folder / "bad.ckpt", folder / "pwned"
     whole = (trained / RUN / "checkpoints/last.ckpt").read_bytes()
@@ -547,6 +547,8 @@ def test_a_bad_checkpoint_is_refused(trained, folder, command, name, kind):
         path.mkdir()
     elif kind == "foreign":
         torch.save({"state_dict": {"w": torch.zeros(2)}, "epoch": 1}, path)
+    elif kind == "vocabulary":
+        torch.save({**read(trained / RUN / "checkpoints/last.ckpt"), "vocabulary": None}, path)
     elif kind == "code":
         torch.save({**read(trained / RUN / "checkpoints/last.ckpt"), "x": Touch(pwned)}, path)
     else:

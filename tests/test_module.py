@@ -10,7 +10,6 @@ from lightning import Callback
 from chargpt.model import GPT
 from chargpt.module import GPTModule, MeanLoss
 from chargpt.runs import CheckpointError, read_checkpoint
-from chargpt.vocabulary import Vocabulary
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
 
 

@@ -12,7 +12,7 @@ import pytest
 from chargpt.predict import SEPARATOR, Generate, one_by_one, predict
 from chargpt.vocabulary import UnknownCharacterError
 from chargpt.writer import Piece, Settings, Writer
-from test_writer import CHARACTERS, make_writer
+from test_writer import make_writer
 
 WRITER = make_writer()
 
