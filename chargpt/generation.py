@@ -10,10 +10,11 @@ network always sees at least half a window, and a character costs the same howev
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,24 +85,23 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniforms.unsqueeze(-1), right=True).squeeze(-1)
 
 
-class LayerCache:
-    """What one attention layer remembers: keys and values, (B, H, S, D) each."""
+class LayerCache(NamedTuple):
+    """What one attention layer remembers, in a step that adds T positions to it."""
 
-    def __init__(self, cache: "KVCache", keys: Tensor, values: Tensor) -> None:
-        self.cache = cache
-        self.keys = keys
-        self.values = values
+    keys: Tensor  # (B, H, S, D), the new ones among them
+    values: Tensor
+    new_keys: Tensor  # where the new ones are written: at the index `where` of these
+    new_values: Tensor
+    where: Any
+    mask: Tensor | None  # which positions each new one may look at; all before it if None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Remember T more keys and values, (B, H, T, D) each, where `KVCache.advance` made room.
-
-        Returns:
-            all of them, (B, H, S, D) each, and which of them each new position may look at
-        """
-        where, end = self.cache.where, self.cache.end
-        self.keys[where] = k.to(self.keys.dtype)  # autocast may have made them narrower
-        self.values[where] = v.to(self.values.dtype)
-        return self.keys[:, :, :end], self.values[:, :, :end], self.cache.mask
+        """Remember T more keys and values, (B, H, T, D) each; returns all of them, and the mask."""
+        if k.dtype != self.keys.dtype:  # autocast made them narrower
+            k, v = k.to(self.keys.dtype), v.to(self.keys.dtype)
+        self.new_keys[self.where] = k
+        self.new_values[self.where] = v
+        return self.keys, self.values, self.mask
 
 
 class KVCache:
@@ -116,59 +116,58 @@ class KVCache:
     """
 
     def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
-        n_head, C = gpt.blocks[0].attention.n_head, gpt.token_embedding.embedding_dim
-        shape = (rows, n_head, gpt.block_size if capacity is None else capacity, C // n_head)
+        n_head, capacity = gpt.blocks[0].attention.n_head, gpt.block_size if capacity is None else capacity
         # zeros, not empty: what a mask hides is still multiplied, and 0 * nan is nan
         zeros = gpt.token_embedding.weight.new_zeros
-        self.layers = [LayerCache(self, zeros(shape), zeros(shape)) for _ in gpt.blocks]
+        # the keys of the first layer, its values, the keys of the second, ...
+        self.memory = zeros(2 * len(gpt.blocks), rows, n_head, capacity, gpt.head_size)
         self.lengths = [0] * rows
         self.newest = zeros((rows, 2), dtype=torch.long)  # ids, for embeddings of several characters
 
-    def advance(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, T: int) -> tuple[Tensor, list[LayerCache]]:
         """Make room for T more characters in every row.
-
-        Args:
-            ids: (B, T)
 
         Returns:
             positions: (B, T), or (T,) where they are the same in all rows
-            before: (B, 2), the two ids before them, 0 where there are none
+            layers: what each attention layer needs for them
         """
-        T, device = ids.size(1), ids.device
-        shortest, longest = min(self.lengths), max(self.lengths)
-        self.end = longest + T
-        self.mask = None  # enough for one new character after all others, or a start from nothing
+        shortest, longest, device = min(self.lengths), max(self.lengths), self.memory.device
+        end = longest + T
+        memory = self.memory.narrow(3, 0, end)
         if shortest == longest:
-            self.where = (slice(None), slice(None), slice(longest, self.end))
-            positions = torch.arange(longest, self.end, device=device)
+            positions = torch.arange(longest, end, device=device)
+            new, where = memory.narrow(3, longest, T), ...
         else:
-            rows, heads = self.layers[0].keys.shape[:2]
             positions = torch.tensor(self.lengths, device=device).unsqueeze(1)
             positions = positions + torch.arange(T, device=device)  # (B, T)
-            rows = torch.arange(rows, device=device)[:, None, None]
-            heads = torch.arange(heads, device=device)[:, None]
-            self.where = (rows, heads, positions.unsqueeze(1))  # together (B, H, T)
+            rows, heads = (torch.arange(size, device=device) for size in self.memory.shape[1:3])
+            new, where = memory, (rows[:, None, None], heads[:, None], positions.unsqueeze(1))  # (B, H, T)
+        mask = None  # enough for one new character after all others, or a start from nothing
         if shortest < longest or (T > 1 and longest > 0):
-            columns = torch.arange(self.end, device=device)
-            self.mask = columns <= positions[..., None, :, None]  # (T, S) or (B, 1, T, S)
+            columns = torch.arange(end, device=device)
+            mask = columns <= positions[..., None, :, None]  # (T, S) or (B, 1, T, S)
         self.lengths = [length + T for length in self.lengths]
+        # Cut out of all layers at once: one after the other takes as long as attention itself.
+        memory, new = memory.unbind(), new.unbind()
+        layers = zip(memory[::2], memory[1::2], new[::2], new[1::2])
+        return positions, [LayerCache(*parts, where, mask) for parts in layers]
+
+    def shift(self, ids: Tensor) -> Tensor:
+        """Take in ids (B, T), and give back the two before them, (B, 2); 0 where there are none."""
         before, self.newest = self.newest, torch.cat((self.newest, ids), dim=1)[:, -2:]
-        return positions, before
+        return before
 
     def put(self, rows: Sequence[int], source: "KVCache", source_rows: Sequence[int]) -> None:
         """Replace what `rows` remember by what `source_rows` of another cache do, all of one length."""
         T = source.lengths[0]
-        for layer, other in zip(self.layers, source.layers):
-            layer.keys[rows, :, :T] = other.keys[source_rows, :, :T]
-            layer.values[rows, :, :T] = other.values[source_rows, :, :T]
+        self.memory[:, rows, :, :T] = source.memory[:, source_rows, :, :T]
         self.newest[rows] = source.newest[source_rows]
         for row in rows:
             self.lengths[row] = T
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.memory = self.memory[:, rows]
         self.newest = self.newest[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -257,11 +256,11 @@ def generate(
         length = window_length(len(prompt), block_size, exact_window)
         texts.append(Text(index, list(prompt[-length:]), Random(seed)))
     stops = [list(stop) for stop in stops]
-    network, cache = Network(gpt), KVCache(gpt, len(texts))
-    prefill(network, cache, texts, range(len(texts)))
+    network, cache = bare(gpt), KVCache(gpt, len(texts))
+    prefill(gpt, network, cache, texts, range(len(texts)))
     for left in reversed(range(max_new)):
-        newest = torch.tensor([text.window[-1:] for text in texts])
-        logits = network(newest, cache)[:, -1].float().cpu()
+        newest = torch.tensor([text.window[-1:] for text in texts], device=cache.newest.device)
+        logits = network(newest, cache)[:, -1].to("cpu", torch.float32)
         uniforms = torch.tensor([text.random.random() for text in texts], dtype=torch.float64)
         ids = choose(logits, sampling, uniforms).tolist()
         news = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
@@ -276,10 +275,12 @@ def generate(
         full = [row for row, text in enumerate(texts) if len(text.window) > block_size]
         for row in full:
             del texts[row].window[:-least]
-        prefill(network, cache, texts, full)
+        prefill(gpt, network, cache, texts, full)
 
 
-def prefill(network: "Network", cache: KVCache, texts: Sequence[Text], rows: Sequence[int]) -> None:
+def prefill(
+    gpt: GPT, network: Callable[..., Tensor], cache: KVCache, texts: Sequence[Text], rows: Sequence[int]
+) -> None:
     """Read the windows of these rows, all but the newest character: the next step's input.
 
     Windows of one length are one batch, and those that are the same are read once.
@@ -289,64 +290,40 @@ def prefill(network: "Network", cache: KVCache, texts: Sequence[Text], rows: Seq
         window = tuple(texts[row].window[:-1])
         by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
     for length, sharing in by_length.items():
-        fresh = KVCache(network.gpt, len(sharing), capacity=length)
+        fresh = KVCache(gpt, len(sharing), capacity=length)
         if length > 0:
-            network(torch.tensor(list(sharing)), fresh)
+            network(torch.tensor(list(sharing), device=cache.newest.device), fresh)
         sources = [source for source, same in enumerate(sharing.values()) for _ in same]
         cache.put([row for same in sharing.values() for row in same], fresh, sources)
 
 
-class Network:
-    """A GPT as it is while it writes: without dropout, and without nn.Module's ceremony.
+def bare(gpt: GPT) -> Callable[..., Tensor]:
+    """The network's forward pass, bare of dropout and of nn.Module's ceremony.
 
     nn.Module keeps layers and weights where Python looks for attributes last, and asks for hooks at
-    each call. With one character at a time that is a third of all that is not matrix products, so
-    during a call the layers are plain functions of their weights. Afterwards all is as it was.
+    each call. With one character at a time that is a third of all that is not matrix products. So
+    this is the forward pass of a twin that shares the weights, and has plain functions for layers.
+    It is not compiled, since each new length would be compiled anew.
     """
-
-    def __init__(self, gpt: GPT) -> None:
-        self.gpt = gpt
-        self.shortcuts = [
-            (vars(module), {name: shortcut(layer) for name, layer in module.named_children()})
-            for module in gpt.modules()
-        ]
-
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        gpt = self.gpt
-        ids = ids.to(gpt.head.weight.device)
-        with evaluating(gpt):
-            for attributes, layers in self.shortcuts:
-                attributes.update(layers)  # these are found before nn.Module's own
-            try:
-                # not gpt(...): a compiled network would be compiled again for each new length
-                return gpt.forward(ids, cache)
-            finally:
-                for attributes, layers in self.shortcuts:
-                    for name in layers:
-                        attributes.pop(name, None)
+    weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
+    return plain(deepcopy(gpt, weights).eval())
 
 
-def shortcut(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A layer as a plain function, the layer itself where that is not worth while."""
-    if type(layer) is nn.Linear:
-        weight, bias = layer.weight, layer.bias
-        return lambda x: F.linear(x, weight, bias)
-    if type(layer) is nn.LayerNorm:
-        shape, weight, bias, eps = layer.normalized_shape, layer.weight, layer.bias, layer.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    if type(layer) is nn.Dropout:
+def plain(module: nn.Module) -> Any:
+    """A module as a plain function, and those in it as well; a list of modules as a list of them."""
+    if isinstance(module, nn.Linear):
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if isinstance(module, nn.LayerNorm):
+        shape, weight, bias = module.normalized_shape, module.weight, module.bias
+        return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
+    if isinstance(module, nn.Embedding):
+        return partial(F.embedding, weight=module.weight)
+    if isinstance(module, nn.Dropout):
         return lambda x: x
-    return layer
-
-
-@contextmanager
-def evaluating(gpt: GPT) -> Iterator[None]:
-    """The network without dropout, its mode afterwards what it was before."""
-    training = gpt.training
-    if training:
-        gpt.eval()
-    try:
-        yield
-    finally:
-        if training:
-            gpt.train()
+    parts = {name: plain(part) for name, part in module.named_children()}
+    if isinstance(module, nn.ModuleList):
+        return list(parts.values())
+    for name, part in parts.items():
+        delattr(module, name)
+        setattr(module, name, part)
+    return module.forward

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 def squared_relu(x: Tensor) -> Tensor:
     """So et al. 2021, Primer, arXiv:2109.08668."""
-    x = F.relu(x)
+    x = torch.relu(x)
     return x * x  # not x.square(), whose gradient is three times slower on a CPU
 
 
 ACTIVATIONS = {
-    "relu": F.relu,
+    "relu": torch.relu,
     "gelu": F.gelu,
     "relu2": squared_relu,
 }
@@ -69,12 +69,11 @@ class MultiHeadAttention(nn.Module):
         self.projection_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
-        B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3H, T, D)
-        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
         if turn is not None:
-            qk = rotate(qk, turn)
-        q, k = qk.chunk(2, dim=1)  # (B, H, T, D) each
+            q, k = rotate(q, turn), rotate(k, turn)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)  # (B, H, S, D) each: those before, then these
@@ -86,7 +85,7 @@ class MultiHeadAttention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,  # one character may look at all there are
         )  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return self.projection_dropout(self.projection(y))
 
 
@@ -115,6 +114,7 @@ class TrigramEmbedding(nn.Module):
 
     def __init__(self, rows: int, n_embd: int) -> None:
         super().__init__()
+        self.rows = rows
         self.table = nn.Embedding(rows, n_embd)
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class TrigramEmbedding(nn.Module):
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
         whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
         mixed = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
-        return self.table(mixed % self.table.num_embeddings)
+        return self.table(mixed % self.rows)
 
 
 class Block(nn.Module):
@@ -257,23 +257,24 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than block_size.
         """
-        T = ids.size(1)
+        B, T = ids.shape
         end = T if cache is None else max(cache.lengths) + T
         if end > self.block_size:
             raise ValueError(f"{end} positions asked for, but block_size is {self.block_size}")
         if cache is None:
-            positions, before = torch.arange(T, device=ids.device), ids.new_zeros(len(ids), 2)
+            positions, caches = torch.arange(T, device=ids.device), [None] * len(self.blocks)
         else:
-            positions, before = cache.advance(ids)  # (B, T), (B, 2)
+            positions, caches = cache.advance(T)  # (T,) or (B, T)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         if self.trigram_embedding is not None:
+            before = ids.new_zeros(B, 2) if cache is None else cache.shift(ids)
             x = x + self.trigram_embedding(ids, before)
         x = self.embedding_norm(x)
         turn = rotation(positions, self.head_size) if self.position_embedding is None else None
-        for layer, block in enumerate(self.blocks):
-            x = block(x, turn, None if cache is None else cache.layers[layer])
+        for block, layer_cache in zip(self.blocks, caches):
+            x = block(x, turn, layer_cache)
         return self.head(self.norm(x))  # (B, T, V)
 
 

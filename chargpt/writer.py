@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chargpt.generation import Sampling, evaluating, generate
+from chargpt.generation import Sampling, bare, generate
 from chargpt.model import GPT
 from chargpt.runs import CheckpointError, read_checkpoint, resolve_checkpoint
 from chargpt.vocabulary import Vocabulary
@@ -177,11 +177,10 @@ class Writer(nn.Module):
             ),
             (inputs[None, whole:], targets[None, whole:]),
         ]
-        losses = []
-        with evaluating(gpt):
-            for x, y in (batch for batch in batches if batch[0].numel()):
-                logits = gpt.forward(x).flatten(0, 1).float()
-                losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
+        network, losses = bare(gpt), []
+        for x, y in (batch for batch in batches if batch[0].numel()):
+            logits = network(x).flatten(0, 1).float()
+            losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
         losses = torch.cat(losses)
         nats = losses.double().mean().item()
         return Score(nats, nats / math.log(2), losses)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chargpt.generation import evaluating
 from chargpt.model import GPT
 from chargpt.runs import CheckpointError
 from chargpt.vocabulary import UnknownCharacterError, Vocabulary
@@ -158,14 +157,6 @@ def test_score_in_training_is_without_dropout_and_changes_nothing():
 def test_score_of_too_short_a_text():
     with pytest.raises(ValueError, match="fewer than two"):
         make_writer().score("a")
-
-
-def test_evaluating_restores_the_mode_when_interrupted():
-    gpt = make_writer().gpt.train()
-    with pytest.raises(KeyboardInterrupt), evaluating(gpt):
-        assert not gpt.blocks[0].training
-        raise KeyboardInterrupt
-    assert gpt.blocks[0].training
 
 
 # ---- checkpoints ----
