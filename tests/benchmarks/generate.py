@@ -6,7 +6,9 @@
 Recomputing reads the window again for each character, as the textbook's generate does. It is timed at
 every N-th of the same characters, between those that are written with the cache, so that both meet
 the same load of the machine. The floor is the time that reading the blocks' weights takes:
-products of each of them with one row, layer after layer, as writing one character needs them.
+products of each of them with one row, layer after layer, as writing one character needs them. It is
+taken twice: of one network, whose weights stay in the processor's cache where that is large enough,
+and of several in turns, whose weights together are too large for it and come from main memory.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--chars", type=int, default=1000, help="characters to write")
     parser.add_argument("--every", type=int, default=50, help="recompute every N-th of them")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 16], help="texts in a batch")
+    parser.add_argument("--networks", type=int, default=8, help="in turns, too large for the cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cold-start", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
@@ -67,7 +71,8 @@ def main() -> None:
     print(f"{parameters:,} parameters, {args.threads} threads, {args.chars:,} characters")
     for samples in args.samples:
         against_recomputing(gpt, samples, args.chars, args.every)
-    against_the_floor(gpt, args.chars)
+    against_the_floor([gpt], args.chars)
+    against_the_floor([deepcopy(gpt) for _ in range(args.networks)], args.chars)
     if args.cold_start:
         cold_start(gpt)
 
@@ -104,27 +109,35 @@ def recompute(gpt: GPT, window: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def against_the_floor(gpt: GPT, chars: int) -> None:
+def against_the_floor(gpts: list[GPT], chars: int) -> None:
     weights = [
-        layer.weight
-        for block in gpt.blocks
-        for layer in (
-            block.attention.qkv,
-            block.attention.projection,
-            block.feed_forward.expansion,
-            block.feed_forward.projection,
-        )
+        [
+            layer.weight
+            for block in gpt.blocks
+            for layer in (
+                block.attention.qkv,
+                block.attention.projection,
+                block.feed_forward.expansion,
+                block.feed_forward.projection,
+            )
+        ]
+        for gpt in gpts
     ]
-    rows = {weight: torch.randn(1, weight.size(1)) for weight in weights}
-    megabytes = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
-    steps, written, floor = write(gpt, 1, 10 * chars), [], []
-    for _ in range(max(chars // 10, 1)):  # ten and ten, so that each finds the caches that it left
-        written += [seconds(lambda: next(steps)) for _ in range(10)]
-        floor += [seconds(lambda: [F.linear(rows[weight], weight) for weight in weights]) for _ in range(10)]
+    rows = {weight.size(1): torch.randn(1, weight.size(1)) for weight in weights[0]}
+    megabytes = sum(weight.numel() * weight.element_size() for weight in weights[0]) / 1e6
+    texts = [write(gpt, 1, chars + 10) for gpt in gpts]
+    for text in texts:
+        next(text)  # the first also gets everything ready
+    again = -(-10 // len(gpts))  # ten or more of each in turns, so that each finds the caches that it left
+    written, floor = [], []
+    for _ in range(chars // again):
+        written += [seconds(lambda: next(text)) for text in texts * again]
+        floor += [seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * again]
+    print(f"against the floor, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:")
     for name, figure in (("median", statistics.median), ("best", min)):
         character, products = figure(written), figure(floor)
         print(
-            f"{name:>6}: {1000 * character:.2f} ms a character; reading {megabytes:.0f} MB of weights at "
+            f"{name:>8}: {1000 * character:.2f} ms a character; reading {megabytes:.0f} MB at "
             f"{megabytes / products / 1000:.1f} GB/s takes {1000 * products:.2f} ms: {character / products:.2f} times"
         )
 
