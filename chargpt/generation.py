@@ -9,15 +9,13 @@ network always sees at least half a window, and a character costs the same howev
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chargpt.model import GPT
@@ -68,14 +66,15 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    limited = sampling.top_k is not None or (sampling.top_p or 1) < 1
-    likeliest_first = logits.argsort(dim=-1, descending=True, stable=True) if limited else None
+    some_probability = sampling.top_p is not None and sampling.top_p < 1
+    if sampling.top_k is not None or some_probability:
+        likeliest_first = logits.argsort(dim=-1, descending=True, stable=True)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = logits.scatter(-1, likeliest_first[:, sampling.top_k :], -math.inf)
     probabilities = logits.softmax(-1)
-    if (sampling.top_p or 1) < 1:
+    if some_probability:
         falling = probabilities.gather(-1, likeliest_first)
         before = falling.cumsum(-1) - falling  # what the likelier ones have together
         falling = falling.masked_fill(before >= sampling.top_p, 0)
@@ -90,17 +89,15 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, H, S, D), the new ones among them
     values: Tensor
-    new_keys: Tensor  # where the new ones are written: at the index `where` of these
-    new_values: Tensor
-    where: Any
+    where: tuple  # the index of the new ones
     mask: Tensor | None  # which positions each new one may look at; all before it if None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Remember T more keys and values, (B, H, T, D) each; returns all of them, and the mask."""
         if k.dtype != self.keys.dtype:  # autocast made them narrower
             k, v = k.to(self.keys.dtype), v.to(self.keys.dtype)
-        self.new_keys[self.where] = k
-        self.new_values[self.where] = v
+        self.keys[self.where] = k
+        self.values[self.where] = v
         return self.keys, self.values, self.mask
 
 
@@ -116,16 +113,16 @@ class KVCache:
     """
 
     def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
-        n_head, capacity = gpt.blocks[0].attention.n_head, gpt.block_size if capacity is None else capacity
+        capacity = gpt.block_size if capacity is None else capacity
         # zeros, not empty: what a mask hides is still multiplied, and 0 * nan is nan
         zeros = gpt.token_embedding.weight.new_zeros
         # the keys of the first layer, its values, the keys of the second, ...
-        self.memory = zeros(2 * len(gpt.blocks), rows, n_head, capacity, gpt.head_size)
+        self.memory = zeros(2 * len(gpt.blocks), rows, gpt.n_head, capacity, gpt.head_size)
         self.lengths = [0] * rows
-        self.newest = zeros((rows, 2), dtype=torch.long)  # ids, for embeddings of several characters
+        self.newest = zeros((rows, 2), dtype=torch.long)  # ids; filled where embeddings need them
 
     def advance(self, T: int) -> tuple[Tensor, list[LayerCache]]:
-        """Make room for T more characters in every row.
+        """Count T more characters in every row, and say where they belong.
 
         Returns:
             positions: (B, T), or (T,) where they are the same in all rows
@@ -133,24 +130,22 @@ class KVCache:
         """
         shortest, longest, device = min(self.lengths), max(self.lengths), self.memory.device
         end = longest + T
-        memory = self.memory.narrow(3, 0, end)
         if shortest == longest:
             positions = torch.arange(longest, end, device=device)
-            new, where = memory.narrow(3, longest, T), ...
+            where = (slice(None), slice(None), slice(longest, end))
         else:
             positions = torch.tensor(self.lengths, device=device).unsqueeze(1)
             positions = positions + torch.arange(T, device=device)  # (B, T)
             rows, heads = (torch.arange(size, device=device) for size in self.memory.shape[1:3])
-            new, where = memory, (rows[:, None, None], heads[:, None], positions.unsqueeze(1))  # (B, H, T)
+            where = (rows[:, None, None], heads[:, None], positions.unsqueeze(1))  # together (B, H, T)
         mask = None  # enough for one new character after all others, or a start from nothing
         if shortest < longest or (T > 1 and longest > 0):
             columns = torch.arange(end, device=device)
-            mask = columns <= positions[..., None, :, None]  # (T, S) or (B, 1, T, S)
+            mask = columns <= positions[..., None, :, None]  # (1, T, S) or (B, 1, T, S)
         self.lengths = [length + T for length in self.lengths]
         # Cut out of all layers at once: one after the other takes as long as attention itself.
-        memory, new = memory.unbind(), new.unbind()
-        layers = zip(memory[::2], memory[1::2], new[::2], new[1::2])
-        return positions, [LayerCache(*parts, where, mask) for parts in layers]
+        parts = self.memory.narrow(3, 0, end).unbind()
+        return positions, [LayerCache(k, v, where, mask) for k, v in zip(parts[::2], parts[1::2])]
 
     def shift(self, ids: Tensor) -> Tensor:
         """Take in ids (B, T), and give back the two before them, (B, 2); 0 where there are none."""
@@ -257,9 +252,9 @@ def generate(
         texts.append(Text(index, list(prompt[-length:]), Random(seed)))
     stops = [list(stop) for stop in stops]
     network, cache = bare(gpt), KVCache(gpt, len(texts))
-    prefill(gpt, network, cache, texts, range(len(texts)))
+    prefill(network, cache, texts, range(len(texts)))
     for left in reversed(range(max_new)):
-        newest = torch.tensor([text.window[-1:] for text in texts], device=cache.newest.device)
+        newest = torch.tensor([text.window[-1:] for text in texts], device=cache.memory.device)
         logits = network(newest, cache)[:, -1].to("cpu", torch.float32)
         uniforms = torch.tensor([text.random.random() for text in texts], dtype=torch.float64)
         ids = choose(logits, sampling, uniforms).tolist()
@@ -275,12 +270,10 @@ def generate(
         full = [row for row, text in enumerate(texts) if len(text.window) > block_size]
         for row in full:
             del texts[row].window[:-least]
-        prefill(gpt, network, cache, texts, full)
+        prefill(network, cache, texts, full)
 
 
-def prefill(
-    gpt: GPT, network: Callable[..., Tensor], cache: KVCache, texts: Sequence[Text], rows: Sequence[int]
-) -> None:
+def prefill(network: GPT, cache: KVCache, texts: Sequence[Text], rows: Sequence[int]) -> None:
     """Read the windows of these rows, all but the newest character: the next step's input.
 
     Windows of one length are one batch, and those that are the same are read once.
@@ -290,40 +283,27 @@ def prefill(
         window = tuple(texts[row].window[:-1])
         by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
     for length, sharing in by_length.items():
-        fresh = KVCache(gpt, len(sharing), capacity=length)
+        fresh = KVCache(network, len(sharing), capacity=length)
         if length > 0:
-            network(torch.tensor(list(sharing), device=cache.newest.device), fresh)
+            network(torch.tensor(list(sharing), device=cache.memory.device), fresh)
         sources = [source for source, same in enumerate(sharing.values()) for _ in same]
         cache.put([row for same in sharing.values() for row in same], fresh, sources)
 
 
-def bare(gpt: GPT) -> Callable[..., Tensor]:
-    """The network's forward pass, bare of dropout and of nn.Module's ceremony.
+def bare(gpt: GPT) -> GPT:
+    """The network without dropout, and without nn.Module's ceremony: no hooks, not compiled.
 
-    nn.Module keeps layers and weights where Python looks for attributes last, and asks for hooks at
+    nn.Module looks for layers and weights where Python looks for attributes last, and for hooks at
     each call. With one character at a time that is a third of all that is not matrix products. So
-    this is the forward pass of a twin that shares the weights, and has plain functions for layers.
-    It is not compiled, since each new length would be compiled anew.
+    this is a twin that shares the weights, in which every part lies where Python looks first, and
+    calling a module is calling its forward.
     """
     weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
-    return plain(deepcopy(gpt, weights).eval())
-
-
-def plain(module: nn.Module) -> Any:
-    """A module as a plain function, and those in it as well; a list of modules as a list of them."""
-    if isinstance(module, nn.Linear):
-        return partial(F.linear, weight=module.weight, bias=module.bias)
-    if isinstance(module, nn.LayerNorm):
-        shape, weight, bias = module.normalized_shape, module.weight, module.bias
-        return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
-    if isinstance(module, nn.Embedding):
-        return partial(F.embedding, weight=module.weight)
-    if isinstance(module, nn.Dropout):
-        return lambda x: x
-    parts = {name: plain(part) for name, part in module.named_children()}
-    if isinstance(module, nn.ModuleList):
-        return list(parts.values())
-    for name, part in parts.items():
-        delattr(module, name)
-        setattr(module, name, part)
-    return module.forward
+    twin = deepcopy(gpt, weights).eval()
+    modules = list(twin.modules())
+    forwards = {kind: kind.forward for kind in map(type, modules)} | {nn.Dropout: nn.Identity.forward}
+    kinds = {kind: type(kind.__name__, (kind,), {"__call__": call}) for kind, call in forwards.items()}
+    for module in modules:
+        vars(module).update(module._parameters | module._modules)
+        module.__class__ = kinds[type(module)]
+    return twin

@@ -42,7 +42,7 @@ def rotation(positions: Tensor, D: int) -> Tensor:
         D: channels of a head, even.
 
     Returns:
-        (T, D / 2), or (B, 1, T, D / 2): one for all heads.
+        (1, T, D / 2), or (B, 1, T, D / 2): one for all heads.
     """
     frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)
     angles = positions.unsqueeze(-1) * frequencies
@@ -68,15 +68,15 @@ class MultiHeadAttention(nn.Module):
         self.projection = nn.Linear(n_embd, n_embd, bias)
         self.projection_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None = None, layer_cache=None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         mask = None
-        if cache is not None:
-            k, v, mask = cache.extend(k, v)  # (B, H, S, D) each: those before, then these
+        if layer_cache is not None:
+            k, v, mask = layer_cache.extend(k, v)  # (B, H, S, D) each: those before, then these
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -114,7 +114,6 @@ class TrigramEmbedding(nn.Module):
 
     def __init__(self, rows: int, n_embd: int) -> None:
         super().__init__()
-        self.rows = rows
         self.table = nn.Embedding(rows, n_embd)
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ class TrigramEmbedding(nn.Module):
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
         whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
         mixed = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
-        return self.table(mixed % self.rows)
+        return self.table(mixed % self.table.num_embeddings)
 
 
 class Block(nn.Module):
@@ -142,8 +141,8 @@ class Block(nn.Module):
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turn, cache)
+    def forward(self, x: Tensor, turn: Tensor | None = None, layer_cache=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turn, layer_cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -204,6 +203,7 @@ class GPT(nn.Module):
             trigram_rows=trigram_rows,
         )
         self.block_size = block_size
+        self.n_head = n_head
         self.head_size = n_embd // n_head
         make_norm = NORMS[norm]
         self.token_embedding = nn.Embedding(vocab_size, n_embd)

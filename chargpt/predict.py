@@ -53,7 +53,8 @@ def predict(writer: Writer, options: Generate, checkpoint: str | Path) -> None:
     """Write what the options ask for.
 
     When the reader of standard output has had enough (`| head`), it ends quietly. When interrupted,
-    it leaves the texts so far, then lets KeyboardInterrupt through.
+    it leaves the texts so far (but for characters that may have begun a stop string), then lets
+    KeyboardInterrupt through.
 
     Raises:
         ValueError: a prompt or stop string with a character that the writer does not know; prompts
@@ -138,11 +139,10 @@ def read_prompts(options: Generate) -> list[str]:
     A prompt is taken as it stands, newlines at its end too; those of a file end with their line.
     """
     if options.prompts:
-        text = decode(Path(options.prompts).expanduser().read_bytes(), options.prompts)
-        lines = text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").split("\n")
-        if lines == [""]:
+        text = decode(Path(options.prompts).expanduser().read_bytes(), options.prompts).removeprefix("\ufeff")
+        if not text:
             raise ValueError(f"{options.prompts} is empty; it needs a prompt in each line")
-        return lines
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if options.prompt == "-":
         return [decode(sys.stdin.buffer.read(), "standard input")]
     return [options.prompt]
@@ -162,11 +162,12 @@ def destination(output: str) -> Iterator[Write]:
         with standard_output() as write:
             yield write
         return
-    path = Path(output).expanduser().resolve()
+    path = Path(output).expanduser()
     if path.exists() and not path.is_file():  # a device or a named pipe: nothing to put in its place
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             yield file.write
         return
+    path = path.resolve()  # the file that a link leads to, not the link, is replaced
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
     interrupt = None

@@ -34,7 +34,7 @@ class Settings(Sampling):
     """
 
     max_new_chars: int = 500
-    stop: list[str] | str = field(default_factory=list)  # a single string is a list of one
+    stop: list[str] | str | None = field(default_factory=list)  # a single string is a list of one
     seed: int = 0
     exact_window: bool = False
 
@@ -47,7 +47,7 @@ class Settings(Sampling):
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
 class Piece(NamedTuple):
@@ -72,10 +72,6 @@ class Writer(nn.Module):
     `complete`, `stream`, `complete_all` and `write` take the fields of `Settings` by name:
     max_new_chars, temperature, top_k, top_p, stop, seed, exact_window. An empty prompt starts from a
     newline, or from the vocabulary's first character where it has no newline.
-
-    Past block_size characters the window falls to its newest half whenever it is full, and grows
-    again from there: the network always sees at least half a window. `exact_window=True` slides it
-    character by character instead, which is slow.
 
     They raise ValueError for a setting that means nothing and UnknownCharacterError (a ValueError
     too) for a prompt or stop string with a character that the network has never seen.
@@ -120,7 +116,7 @@ class Writer(nn.Module):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        rows = [list(self.encode(prompt)) for prompt in prompts for _ in range(num_samples)]
+        rows = [row for row in map(self.encode, prompts) for _ in range(num_samples)]
         seeds = [f"{settings.seed}/{sample}" for _ in prompts for sample in range(num_samples)]
         stops = [self.encode(stop) for stop in settings.stops]
         return self._write(rows, seeds, stops, settings)
@@ -144,7 +140,7 @@ class Writer(nn.Module):
                 yield Piece(first + index, "".join([characters[id] for id in ids]), last)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt: never none, see `opening`."""
+        """The ids of a text; of an empty one those of `opening`."""
         return self.vocabulary.encode(text or self.opening).tolist()
 
     @property

@@ -1,4 +1,5 @@
 import ast
+import json
 import os
 import pickle
 import shutil
@@ -104,12 +105,39 @@ def test_test_prints_the_loss_of_the_test_split(trained, command):
 
 def test_predict_writes_the_text_and_nothing_else_to_standard_output(trained, command, monkeypatch):
     args = ("--generate.prompt=The king", "--generate.max_new_chars=20", "--generate.seed=3")
+    before = names(trained)
     result = command(trained, "predict", *args)
+    assert names(trained) == before
     monkeypatch.chdir(trained)
     expected = chargpt.load().complete("The king", max_new_chars=20, seed=3)
     assert (result.status, result.out) == (0, expected + "\n" * (not expected.endswith("\n")))
     assert "val_loss" in result.err  # the checkpoint's name
     assert command(trained, "predict", *args).out == result.out
+
+
+def test_predict_takes_prompts_and_stops_and_gives_lines_of_json(run, command, monkeypatch):
+    (run / "prompts.txt").write_text("The king\n\nof\n")
+    settings = ("--generate.max_new_chars=30", '--generate.stop=["e", "\\n\\n"]', "--generate.exact_window=true")
+    files = ("--generate.prompts=prompts.txt", "--generate.output=texts.jsonl", "--generate.format=jsonl")
+    result = command(run, "predict", "--generate.num_samples=2", *settings, *files)
+    assert (result.status, result.out) == (0, "")
+    monkeypatch.chdir(run)
+    texts = chargpt.load().complete_all(
+        ["The king", "", "of"], num_samples=2, max_new_chars=30, stop=["e", "\n\n"], exact_window=True
+    )
+    lines = [json.loads(line) for line in (run / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["text"] for line in lines] == sum(texts, [])
+    assert lines[0]["settings"]["stop"] == ["e", "\n\n"]
+
+
+def test_an_interrupted_predict_ends_with_130(trained, command, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chargpt.cli.predict", interrupted)
+    result = command(trained, "predict")
+    assert (result.status, result.out) == (130, "")
+    assert "Traceback" not in result.err
 
 
 def test_predict_and_validate_need_neither_the_folder_nor_a_configuration(trained, command, tmp_path):

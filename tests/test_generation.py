@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt.generation import KVCache, Sampling, Text, choose, generate, window_length
+from chargpt.generation import KVCache, Sampling, Text, bare, choose, generate, window_length
 from chargpt.model import GPT
 from reference import reference_of, window_by_the_rule, write_greedily
 
@@ -86,6 +86,34 @@ def test_no_more_characters_in_the_cache_than_block_size():
     gpt(torch.tensor([random_prompt(9)]), cache)
     with pytest.raises(ValueError, match="11 positions .* block_size is 10"):
         gpt(torch.tensor([random_prompt(2)]), cache)
+
+
+# ---- the twin that writes ----
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@ARCHITECTURES
+@torch.no_grad()
+def test_the_twin_is_the_network_whatever_was_changed_in_it(switches):
+    gpt, ids = random_gpt(dropout=0.5, **switches).train(), torch.tensor([random_prompt(10)])
+    gpt.head = Doubled(16, 11)
+    gpt.norm = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh())
+    gpt.blocks[1].attention.qkv.weight = gpt.blocks[0].attention.qkv.weight
+    hook = gpt.norm[0].register_forward_hook(lambda *_: pytest.fail("hooks are for training"))
+    logits = bare(gpt)(ids)
+    hook.remove()
+    assert all(module.training for module in gpt.modules())
+    assert torch.equal(logits, gpt.eval()(ids))
+
+
+def test_the_twin_shares_the_weights():
+    gpt = random_gpt(**MODERN)
+    twins = dict(bare(gpt).named_parameters())
+    assert all(twins[name] is weight for name, weight in gpt.named_parameters())
 
 
 # ---- the window ----

@@ -63,6 +63,13 @@ def test_prompts_of_a_file(capsys, tmp_path):
         assert capsys.readouterr().out == SEPARATOR.join(map(line, texts))
 
 
+def test_a_file_of_one_empty_line_is_one_empty_prompt(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\n")
+    run(prompts=str(file))
+    assert capsys.readouterr().out == line(complete("\n"))
+
+
 def test_a_prompt_from_standard_input_is_taken_as_it_stands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Stdin("café\n".encode()))
     run(prompt="-")
@@ -105,6 +112,17 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path):
+    file, link = tmp_path / "poem.txt", tmp_path / "newest.txt"
+    file.write_text("what it held before")
+    try:
+        link.symlink_to(file)
+    except OSError:
+        pytest.skip("no links here")
+    run(prompt="café", output=str(link))
+    assert link.is_symlink() and file.read_text(encoding="utf-8") == line(complete("café"))
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
@@ -114,6 +132,16 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     assert pipe.is_fifo()
     assert os.read(reader, 1000) == line(complete("café")).encode()
     os.close(reader)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no names for open files here")
+def test_a_pipe_without_a_name_is_written_to():
+    """As the shell's `--generate.output >(gzip > poem.gz)` asks."""
+    reader, pipe = os.pipe()
+    run(prompt="café", output=f"/dev/fd/{pipe}")
+    assert os.read(reader, 1000) == line(complete("café")).encode()
+    os.close(reader)
+    os.close(pipe)
 
 
 @pytest.mark.parametrize("output", [False, True])
@@ -144,6 +172,21 @@ def test_pieces_are_shown_as_they_come():
 
     seen = [(index, piece, len(asked)) for index, text in one_by_one(pieces(), 2) for piece in text]
     assert seen == [(0, "a", 1), (0, "c", 3), (1, "b", 3), (1, "d", 4)]
+
+
+def test_every_character_reaches_the_reader_before_the_next_is_written(monkeypatch):
+    reader = io.BytesIO()
+    shown = []
+
+    def pieces(*_):
+        for character in "abc":
+            yield Piece(0, character, character == "c")
+            shown.append(reader.getvalue().decode())
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
+    monkeypatch.setattr(Writer, "write", pieces)
+    run(prompt="é")
+    assert shown == ["éa", "éab"]
 
 
 def test_a_reader_that_has_had_enough_and_a_narrow_locale():

@@ -79,6 +79,7 @@ def test_stop_strings():
     expected = text[: text.index(stop)]
     assert writer.complete("abc", max_new_chars=200, stop=[stop, "ffffff"]) == "abc" + expected
     assert writer.complete("abc", max_new_chars=200, stop=stop) == "abc" + expected
+    assert writer.complete("abc", max_new_chars=200, stop=None) == "abc" + text
     assert "".join(writer.stream("abc", max_new_chars=200, stop=[stop])) == expected
 
 
@@ -89,6 +90,17 @@ def test_a_stop_string_in_the_prompt_does_not_count():
     assert writer.complete(other, max_new_chars=1, stop=[other + writer.complete(other, max_new_chars=1)[1]]) == (
         writer.complete(other, max_new_chars=1)
     )
+
+
+@torch.no_grad()
+def test_the_exact_window_slides():
+    writer = make_writer(position="rotary")
+    ids = writer.encode("abc")
+    for _ in range(40):
+        ids.append(writer.gpt(torch.tensor([ids[-8:]]))[0, -1].argmax().item())
+    text = "".join(CHARACTERS[id] for id in ids)
+    settings = dict(max_new_chars=40, temperature=0)
+    assert writer.complete("abc", exact_window=True, **settings) == text != writer.complete("abc", **settings)
 
 
 def test_an_empty_prompt_starts_from_a_newline_or_from_the_first_character():
@@ -128,11 +140,11 @@ def test_nothing_to_write():
 # ---- scoring ----
 
 
-@pytest.mark.parametrize("length", [2, 8, 9, 10, 17, 30])
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 17, 30, 8 * MAX_ROWS + 12])
 @torch.no_grad()
 def test_score_predicts_every_character_but_the_first_once(length):
     writer = make_writer()
-    text = ("fade a bead\ncafé " * 3)[:length]
+    text = ("fade a bead\ncafé " * length)[:length]
     score = writer.score(text)
 
     ids = torch.tensor(writer.encode(text))

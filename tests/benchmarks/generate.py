@@ -125,14 +125,15 @@ def against_the_floor(gpts: list[GPT], chars: int) -> None:
     ]
     rows = {weight.size(1): torch.randn(1, weight.size(1)) for weight in weights[0]}
     megabytes = sum(weight.numel() * weight.element_size() for weight in weights[0]) / 1e6
-    texts = [write(gpt, 1, chars + 10) for gpt in gpts]
+    texts = [write(gpt, 1, chars + 20) for gpt in gpts]
     for text in texts:
         next(text)  # the first also gets everything ready
-    again = -(-10 // len(gpts))  # ten or more of each in turns, so that each finds the caches that it left
+    # Ten characters or more, then as many passes of products, so that neither clears the other's cache.
+    passes = -(-10 // len(gpts))
     written, floor = [], []
-    for _ in range(chars // again):
-        written += [seconds(lambda: next(text)) for text in texts * again]
-        floor += [seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * again]
+    for _ in range(max(chars // passes, 1)):
+        written += [seconds(lambda: next(text)) for text in texts * passes]
+        floor += [seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes]
     print(f"against the floor, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:")
     for name, figure in (("median", statistics.median), ("best", min)):
         character, products = figure(written), figure(floor)
