@@ -66,15 +66,15 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    some_probability = sampling.top_p is not None and sampling.top_p < 1
-    if sampling.top_k is not None or some_probability:
+    nucleus = sampling.top_p is not None and sampling.top_p < 1
+    if sampling.top_k is not None or nucleus:
         likeliest_first = logits.argsort(dim=-1, descending=True, stable=True)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = logits.scatter(-1, likeliest_first[:, sampling.top_k :], -math.inf)
     probabilities = logits.softmax(-1)
-    if some_probability:
+    if nucleus:
         falling = probabilities.gather(-1, likeliest_first)
         before = falling.cumsum(-1) - falling  # what the likelier ones have together
         falling = falling.masked_fill(before >= sampling.top_p, 0)
@@ -143,7 +143,7 @@ class KVCache:
             columns = torch.arange(end, device=device)
             mask = columns <= positions[..., None, :, None]  # (1, T, S) or (B, 1, T, S)
         self.lengths = [length + T for length in self.lengths]
-        # Cut out of all layers at once: one after the other takes as long as attention itself.
+        # cut out of all layers at once, since a slice for each is slower
         parts = self.memory.narrow(3, 0, end).unbind()
         return positions, [LayerCache(k, v, where, mask) for k, v in zip(parts[::2], parts[1::2])]
 
@@ -294,9 +294,9 @@ def bare(gpt: GPT) -> GPT:
     """The network without dropout, and without nn.Module's ceremony: no hooks, not compiled.
 
     nn.Module looks for layers and weights where Python looks for attributes last, and for hooks at
-    each call. With one character at a time that is a third of all that is not matrix products. So
-    this is a twin that shares the weights, in which every part lies where Python looks first, and
-    calling a module is calling its forward.
+    each call. With one character at a time that is more than a third of all that is not matrix
+    products. So this is a twin that shares the weights, in which every part lies where Python looks
+    first, and calling a module is calling its forward.
     """
     weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
     twin = deepcopy(gpt, weights).eval()

@@ -249,7 +249,8 @@ class GPT(nn.Module):
         Args:
             ids: (B, T) integers in [0, V).
             cache: keys and values of the positions before, a `chargpt.generation.KVCache`; the
-                T new ones are added to it. Without one, the T characters stand alone.
+                T new ones are added to it. Each block is given the part of its layer, a
+                `LayerCache`. Without one, the T characters stand alone.
 
         Returns:
             logits: (B, T, V); those at position t depend on characters 0 to t alone.

@@ -125,11 +125,11 @@ def against_the_floor(gpts: list[GPT], chars: int) -> None:
     ]
     rows = {weight.size(1): torch.randn(1, weight.size(1)) for weight in weights[0]}
     megabytes = sum(weight.numel() * weight.element_size() for weight in weights[0]) / 1e6
-    texts = [write(gpt, 1, chars + 20) for gpt in gpts]
-    for text in texts:
-        next(text)  # the first also gets everything ready
     # Ten characters or more, then as many passes of products, so that neither clears the other's cache.
     passes = -(-10 // len(gpts))
+    texts = [write(gpt, 1, chars + passes) for gpt in gpts]
+    for text in texts:
+        next(text)  # the first also gets everything ready
     written, floor = [], []
     for _ in range(max(chars // passes, 1)):
         written += [seconds(lambda: next(text)) for text in texts * passes]
