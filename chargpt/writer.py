@@ -71,8 +71,8 @@ class Writer(nn.Module):
 
     `complete`, `stream`, `complete_all` and `write` take the fields of `Settings` by name:
     max_new_chars, temperature, top_k, top_p, stop, seed, exact_window. An empty prompt starts from a
-    newline, or from the vocabulary's first character where it has no newline. What happens past
-    block_size characters is said at exact_window.
+    newline, or from the vocabulary's first character where it has no newline. `Settings`
+    says what each of them does, and what happens past block_size characters.
 
     They raise ValueError for a setting that means nothing and UnknownCharacterError (a ValueError
     too) for a prompt or stop string with a character that the network has never seen.
