@@ -1,4 +1,4 @@
-from chargpt.cli import main
+from chargpt.cli.main import main
 
 if __name__ == "__main__":
     main()

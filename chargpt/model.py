@@ -1,13 +1,18 @@
-"""The network: a decoder-only transformer over characters, from first principles.
+"""GPT: a decoder-only transformer over characters, from first principles.
 
 The textbook form is the default (Vaswani et al. 2017, arXiv:1706.03762, with the pre-norm
-residual blocks of GPT-2); what has been found since then is one switch each.
+residual blocks of GPT-2); what has been found since then is one switch each in `GPTConfig`.
+`textbook.py` explains every part; here the same network is written to be fast.
 
     B  sequences in a batch         V  size of the vocabulary
     T  characters in a sequence     H  attention heads
     C  channels (n_embd)            D  channels of one head (C / H)
-    S  positions that can be attended to: T, and before it what a cache holds
+    S  characters that can be attended to: T, and before them what a cache holds
 """
+
+from dataclasses import dataclass, fields
+from types import UnionType
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -15,226 +20,390 @@ from torch import Tensor, nn
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """So et al. 2021, Primer, arXiv:2109.08668."""
+    """ReLU squared (So et al. 2021, Primer, arXiv:2109.08668)."""
     x = torch.relu(x)
     return x * x  # not x.square(), whose gradient is three times slower on a CPU
 
 
-ACTIVATIONS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "relu2": squared_relu,
-}
+ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "relu2": squared_relu}
 NORMS = {
     "layer": nn.LayerNorm,
-    "plain": lambda n_embd: nn.LayerNorm(n_embd, elementwise_affine=False),  # no gain, no bias
+    "plain": lambda n_embd: nn.LayerNorm(n_embd, elementwise_affine=False),
 }
 
 
-def rotation(positions: Tensor, D: int) -> Tensor:
-    """The turn of each pair of channels at each position, as complex numbers of length 1.
+@dataclass(frozen=True)
+class GPTConfig:
+    """The settings of a GPT. Each is declared here and nowhere else.
 
-    A dot product of two vectors turned so depends on their distance alone: Su et al. 2021,
-    RoFormer, arXiv:2104.09864.
+    Its flag, its key in a configuration file and in a checkpoint, its help text and the check of
+    its type follow from the field.
+
+    Raises:
+        ValueError: a setting that cannot be; the message names it.
+    """
+
+    block_size: int = 256
+    """The most characters of context that the network looks at."""
+    n_embd: int = 384
+    """Channels of the residual stream, C."""
+    n_head: int = 6
+    """Attention heads, H; they share the channels, so H divides C."""
+    n_layer: int = 6
+    """Blocks, one after the other."""
+    dropout: float = 0.2
+    """Share of activations set to zero while training, in [0, 1)."""
+    attention_dropout: float | None = None
+    """The same for attention weights, where it is slow on a CPU; null takes dropout's."""
+    position: Literal["learned", "rotary"] = "learned"
+    """learned: an embedding of each position; rotary: queries and keys are rotated by theirs."""
+    norm: Literal[tuple(NORMS)] = "layer"  # type: ignore[valid-type]
+    """layer: LayerNorm; plain: LayerNorm without gain and bias, on the embeddings as well."""
+    bias: bool = True
+    """Whether linear layers add a bias (those of query, key and value never do)."""
+    activation: Literal[tuple(ACTIVATIONS)] = "relu"  # type: ignore[valid-type]
+    """Of the feed-forward layers; relu2 is ReLU squared."""
+    zero_init: bool = False
+    """Start each residual branch and the head at zero: every block begins as the identity, and
+    every character as equally likely."""
+    trigram_rows: int = 0
+    """Add an embedding of the last three characters, from a hashed table with this many rows."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
+        for name in ("block_size", "n_embd", "n_head", "n_layer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.trigram_rows < 0:
+            raise ValueError(f"trigram_rows is {self.trigram_rows}; it must be at least 0")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
+                )
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(
+                "rotary positions rotate pairs of channels, "
+                f"but n_embd {self.n_embd} / n_head {self.n_head} is odd"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+
+def check_type(name: str, value: object, declared: type) -> None:
+    """Raise a ValueError unless `value` is of the type that its field declares."""
+    if get_origin(declared) is Literal:
+        if value not in (choices := get_args(declared)):
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        return
+    members = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    kinds = [get_origin(member) or member for member in members]
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        expected = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+        raise ValueError(f"{name} is {value!r}; it must be {expected}")
+
+
+# ---- rotary positions ----
+
+
+def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
+    """Cosine and sine of the angle by which rotary positions (RoPE) rotate each pair of channels.
+
+    Pair i is rotated by position * 10000^(-2i / D). The dot product of a query and a key that are
+    rotated so depends on the distance of their positions alone, since rotating both by the same
+    angle changes nothing (Su et al. 2021, RoFormer, arXiv:2104.09864).
 
     Args:
-        positions: (T,), or (B, T) where the sequences of a batch stand at different places.
-        D: channels of a head, even.
+        positions: (T,), or (B, T) where the sequences of a batch stand at different positions.
+        head_size: channels of a head, D, even.
 
     Returns:
-        (1, T, D / 2), or (B, 1, T, D / 2): one for all heads.
+        (1, T, D / 2, 2), or (B, 1, T, D / 2, 2): the same for all heads.
     """
-    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)
-    angles = positions.unsqueeze(-1) * frequencies
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(-3)
+    pairs = torch.arange(0, head_size, 2, device=positions.device)
+    angles = positions.unsqueeze(-1) * 10_000.0 ** -(pairs / head_size)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(-4)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn queries or keys, (B, H, T, D), by what `rotation` gives."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate queries or keys, (B, H, T, D), by what `rotary_angles` gives.
+
+    Channels 2i and 2i + 1 are a point (a, b) in the plane; rotated by an angle, it is
+    (a cos - b sin, a sin + b cos). That is also the product of the complex numbers a + ib and
+    cos + i sin, which one kernel computes in one pass: a tenth of a training step on a CPU.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, H, T, D / 2, 2)
+    if torch.compiler.is_compiling():  # TorchInductor makes no code for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+    return rotated.flatten(-2).type_as(x)
+
+
+# ---- the KV cache: what attention remembers while writing ----
+
+
+class LayerCache(NamedTuple):
+    """The KV cache of one attention layer, cut to the S characters of a step that adds T."""
+
+    keys: Tensor  # (B, H, S, D); the last T places are for the new ones
+    values: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember keys and values of T more characters, (B, H, T, D) each; returns all S."""
+        T = k.size(2)
+        self.keys[:, :, -T:] = k
+        self.values[:, :, -T:] = v
+        return self.keys, self.values
+
+
+class KVCache:
+    """KV cache: keys and values that attention has computed for the characters so far.
+
+    They may be kept because attention is causal: what a layer knows of a character depends on it
+    and those before it alone, so nothing that comes later can change its key or its value. A new
+    character then costs one position instead of a pass over all of them.
+
+    The texts of a batch may have different lengths. They are aligned at their ends, so that the
+    next characters of all of them stand in the same place; what lies before the start of a text
+    is hidden by the attention mask.
+
+    Args:
+        gpt: the network that will use it.
+        rows: texts in the batch, B.
+        end: the first place to write to; what lies before is filled by `put`.
+    """
+
+    def __init__(self, gpt: "GPT", rows: int, end: int = 0) -> None:
+        config = gpt.config
+        # Half a block more than a text can have, so that it is seldom full and moved to the front.
+        places = config.block_size + config.block_size // 2 + 1
+        # Zeros, not empty: what a mask hides is still multiplied, and 0 * nan is nan.
+        zeros = gpt.token_embedding.weight.new_zeros
+        shape = (config.n_layer, 2, rows, config.n_head, places, config.head_size)
+        self.memory = zeros(shape)  # keys and values of each layer
+        self.starts = [end] * rows  # the place of each text's first character
+        self.end = end  # the place after the newest characters
+        self.newest_ids = zeros((rows, 2), dtype=torch.long)  # for embeddings of several characters
+
+    @property
+    def length(self) -> int:
+        """Characters of the longest text."""
+        return self.end - min(self.starts)
+
+    def advance(self, T: int) -> tuple[Tensor, Tensor | None, list[LayerCache]]:
+        """Make room for T more characters of each text.
+
+        Returns:
+            positions: of the new characters in their texts, (T,), or (B, T) where they differ.
+            mask: true where a new character may look, (1, 1, T, S) or (B, 1, T, S); None for one new
+                character that sees all, or T that begin their texts.
+            layers: the cache of each layer.
+        """
+        if self.end + T > self.memory.size(-2):
+            self.move_to_front()
+        first, device = min(self.starts), self.memory.device
+        aligned, length, mask = first == max(self.starts), self.end - first, None
+        positions = torch.arange(length, length + T, device=device)  # (T,), of the longest text
+        if not aligned or (T > 1 and length > 0):
+            places = torch.arange(length + T, device=device)  # (S,)
+            mask = (places <= positions.unsqueeze(1))[None, None]  # (1, 1, T, S): causal
+        if not aligned:
+            padding = torch.tensor(self.starts, device=device).unsqueeze(1) - first  # (B, 1)
+            mask = mask & (places >= padding)[:, None, None]  # (B, 1, T, S)
+            positions = positions - padding  # (B, T)
+        self.end += T
+        layers = self.memory[..., first : self.end, :].flatten(0, 1).unbind()
+        return positions, mask, [LayerCache(*pair) for pair in zip(layers[::2], layers[1::2])]
+
+    def move_to_front(self) -> None:
+        """Leave out the places before the longest text."""
+        first = min(self.starts)
+        self.memory[..., : self.end - first, :] = self.memory[..., first : self.end, :].clone()
+        self.starts = [start - first for start in self.starts]
+        self.end -= first
+
+    def preceding_ids(self, ids: Tensor) -> Tensor:
+        """Take in the new ids, (B, T); returns the two before them, (B, 2), 0 where none are."""
+        preceding, together = self.newest_ids, torch.cat((self.newest_ids, ids), dim=1)
+        self.newest_ids = together[:, -2:]
+        return preceding
+
+    def put(self, rows: list[int], source: "KVCache", source_rows: list[int]) -> None:
+        """Replace the texts of `rows` by those of another cache, which have one length."""
+        T = source.length
+        own = self.memory[..., self.end - T : self.end, :]
+        own[:, :, rows] = source.memory[:, :, source_rows, :, source.end - T : source.end]
+        self.newest_ids[rows] = source.newest_ids[source_rows]
+        for row in rows:
+            self.starts[row] = self.end - T
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the texts of all rows but these."""
+        self.memory = self.memory[:, :, rows]
+        self.newest_ids = self.newest_ids[rows]
+        self.starts = [self.starts[row] for row in rows]
+
+
+# ---- the network ----
 
 
 class MultiHeadAttention(nn.Module):
-    """Every position gathers what it needs from itself and the positions before it."""
+    """Causal multi-head self-attention, (B, T, C) to (B, T, C).
 
-    def __init__(
-        self, n_embd: int, n_head: int, dropout: float, attention_dropout: float, bias: bool = True
-    ) -> None:
+    In each head, softmax(q k^T / sqrt(D)) v: every position asks with its query, is answered by
+    the keys of itself and the positions before it, and gathers their values in proportion
+    (Vaswani et al. 2017, section 3.2).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = n_head
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # of all heads at once
-        self.projection = nn.Linear(n_embd, n_embd, bias)
-        self.projection_dropout = nn.Dropout(dropout)
+        C, dropout = config.n_embd, config.attention_dropout
+        self.n_head = config.n_head
+        self.attention_dropout = config.dropout if dropout is None else dropout
+        self.qkv = nn.Linear(C, 3 * C, bias=False)  # query, key and value of all heads at once
+        self.projection = nn.Linear(C, C, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, layer_cache=None) -> Tensor:
+    def query_key_value(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, (B, H, T, D) each, from x (B, T, C)."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        mask = None
-        if layer_cache is not None:
-            k, v, mask = layer_cache.extend(k, v)  # (B, H, S, D) each: those before, then these
-        y = F.scaled_dot_product_attention(
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        if angles is not None:
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        q, k, v = self.query_key_value(x, angles)  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D) each
+        y = F.scaled_dot_product_attention(  # softmax(q k^T / sqrt(D)) v, in one kernel
             q,
             k,
             v,
             attn_mask=mask,
+            # Causal: position t sees 0 to t alone. A mask says so itself, and a single new
+            # character may see all there are.
+            is_causal=mask is None and x.size(1) > 1,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # one character may look at all there are
         )  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
-        return self.projection_dropout(self.projection(y))
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side again
+        return self.dropout(self.projection(y))
 
 
 class FeedForward(nn.Module):
-    """Every position thinks about what it has gathered, by itself."""
+    """Position-wise feed-forward network, (B, T, C) to (B, T, C), four times as wide inside.
 
-    def __init__(self, n_embd: int, dropout: float, bias: bool = True, activation: str = "relu") -> None:
+    Attention has gathered; here every position works on what it has, by itself.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.expansion = nn.Linear(n_embd, 4 * n_embd, bias)
-        self.projection = nn.Linear(4 * n_embd, n_embd, bias)
-        self.dropout = nn.Dropout(dropout)
+        C = config.n_embd
+        self.activation = ACTIVATIONS[config.activation]
+        self.expansion = nn.Linear(C, 4 * C, config.bias)
+        self.projection = nn.Linear(4 * C, C, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.projection(self.activation(self.expansion(x))))
 
 
+class Block(nn.Module):
+    """Pre-norm residual block, (B, T, C) to (B, T, C): attention, then feed-forward.
+
+    Each reads the residual stream through a norm and adds what it found to it.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        make_norm = NORMS[config.norm]
+        self.attention_norm = make_norm(config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.feed_forward_norm = make_norm(config.n_embd)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, mask, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
 class TrigramEmbedding(nn.Module):
-    """A vector for each three characters in a row, out of a hashed table.
+    """Hashed n-gram embedding: a vector for each three characters in a row, (B, T) to (B, T, C).
 
     What a few letters make likely is looked up, and need not be worked out by attention
     (hash embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
     """
 
-    FACTORS = (36313, 27191, 51749)  # spread neighbouring ids over the table
+    FACTORS = (36313, 27191, 51749)  # spread neighboring ids over the table
 
     def __init__(self, rows: int, n_embd: int) -> None:
         super().__init__()
         self.table = nn.Embedding(rows, n_embd)
 
-    def forward(self, ids: Tensor, before: Tensor) -> Tensor:
-        """(B, T, C), from ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
+    def forward(self, ids: Tensor, preceding: Tensor) -> Tensor:
+        """From ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
         T = ids.size(1)
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
-        whole = torch.cat((before, ids), dim=1)  # (B, T + 2)
-        mixed = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
-        return self.table(mixed % self.table.num_embeddings)
-
-
-class Block(nn.Module):
-    """Communication, then computation, each added to the residual stream after a norm (pre-norm)."""
-
-    def __init__(
-        self,
-        attention_norm: nn.Module,
-        attention: MultiHeadAttention,
-        feed_forward_norm: nn.Module,
-        feed_forward: FeedForward,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.feed_forward_norm = feed_forward_norm
-        self.feed_forward = feed_forward
-
-    def forward(self, x: Tensor, turn: Tensor | None = None, layer_cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turn, layer_cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        whole = torch.cat((preceding, ids), dim=1)  # (B, T + 2)
+        row = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
+        return self.table(row % self.table.num_embeddings)
 
 
 class GPT(nn.Module):
-    """Ids of characters in, a score for every possible next character out.
+    """A GPT: ids of characters in, logits of every possible next character out.
 
     Args:
+        config: the settings of the network.
         vocab_size: number of different characters, V.
-        block_size: most characters that the network can look at, T at most.
-        n_embd: channels of the residual stream, C.
-        n_head: attention heads, H; they share the channels, so H divides C.
-        n_layer: blocks, one after the other.
-        dropout: share of activations set to zero while training, in [0, 1).
-        attention_dropout: the same for attention weights, where it is slow on a CPU; as
-            `dropout` unless given.
-        position: "learned" adds an embedding of the position, "rotary" turns queries and keys.
-        norm: "layer" (LayerNorm), or "plain": without gain and bias, and on the embeddings as well.
-        bias: whether linear layers add a bias (those of query, key and value never do).
-        activation: of the feed-forward layers: "relu", "gelu" or "relu2" (ReLU squared).
-        zero_init: start each residual branch and the head at zero: every block begins as the
-            identity, and every character as equally likely.
-        trigram_rows: add an embedding of the last three characters, out of a hashed table of this
-            many rows; 0 for none.
-
-    Raises:
-        ValueError: a size that cannot be; the message names it.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        block_size: int = 256,
-        n_embd: int = 384,
-        n_head: int = 6,
-        n_layer: int = 6,
-        dropout: float = 0.2,
-        attention_dropout: float | None = None,
-        position: str = "learned",
-        norm: str = "layer",
-        bias: bool = True,
-        activation: str = "relu",
-        zero_init: bool = False,
-        trigram_rows: int = 0,
-    ) -> None:
+    def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
-        attention_dropout = dropout if attention_dropout is None else attention_dropout
-        check_arguments(
-            vocab_size=vocab_size,
-            block_size=block_size,
-            n_embd=n_embd,
-            n_head=n_head,
-            n_layer=n_layer,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            position=position,
-            norm=norm,
-            activation=activation,
-            trigram_rows=trigram_rows,
-        )
-        self.block_size = block_size
-        self.n_head = n_head
-        self.head_size = n_embd // n_head
-        make_norm = NORMS[norm]
-        self.token_embedding = nn.Embedding(vocab_size, n_embd)
-        self.position_embedding = nn.Embedding(block_size, n_embd) if position == "learned" else None
-        self.trigram_embedding = TrigramEmbedding(trigram_rows, n_embd) if trigram_rows else None
-        self.embedding_norm = make_norm(n_embd) if norm == "plain" else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(
-                make_norm(n_embd),
-                MultiHeadAttention(n_embd, n_head, dropout, attention_dropout, bias),
-                make_norm(n_embd),
-                FeedForward(n_embd, dropout, bias, activation),
-            )
-            for _ in range(n_layer)
-        )
-        self.norm = make_norm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_size, bias)
-        self.initialise(zero_init)
+        C, rows = config.n_embd, config.trigram_rows
+        learned, make_norm = config.position == "learned", NORMS[config.norm]
+        self.config = config
+        self.token_embedding = nn.Embedding(vocab_size, C)
+        self.position_embedding = nn.Embedding(config.block_size, C) if learned else None
+        self.trigram_embedding = TrigramEmbedding(rows, C) if rows else None
+        self.embedding_norm = make_norm(C) if config.norm == "plain" else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(C)
+        self.head = nn.Linear(C, vocab_size, config.bias)
+        self.initialize()
 
     @torch.no_grad()
-    def initialise(self, zero_init: bool) -> None:
-        """Draw the weights from N(0, 0.02), biases zero (Radford et al. 2019, GPT-2).
+    def initialize(self) -> None:
+        """Draw all weights but vectors from N(0, 0.02), biases zero (Radford et al. 2019, GPT-2).
 
         2 * n_layer branches add up in the residual stream: scaling each by 1 / sqrt(2 * n_layer)
         keeps its variance from growing with depth.
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        zero_init = self.config.zero_init
         for block in self.blocks:
             for projection in (block.attention.projection, block.feed_forward.projection):
                 projection.weight.mul_(0.0 if zero_init else (2 * len(self.blocks)) ** -0.5)
@@ -243,73 +412,40 @@ class GPT(nn.Module):
         if self.trigram_embedding is not None:
             self.trigram_embedding.table.weight.zero_()
 
-    def forward(self, ids: Tensor, cache=None) -> Tensor:
-        """Score every character as the next one, at every position.
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next character at every position.
 
         Args:
             ids: (B, T) integers in [0, V).
-            cache: keys and values of the positions before, a `chargpt.generation.KVCache`; the
-                T new ones are added to it. Each block is given the part of its layer, a
-                `LayerCache`. Without one, the T characters stand alone.
+            cache: keys and values of the characters before these; those of the T new ones are
+                added to it. Without one, the T characters stand alone.
 
         Returns:
-            logits: (B, T, V); those at position t depend on characters 0 to t alone.
+            (B, T, V); the logits at position t depend on characters 0 to t alone.
 
         Raises:
-            ValueError: more positions than block_size.
+            ValueError: more characters than block_size.
         """
         B, T = ids.shape
-        end = T if cache is None else max(cache.lengths) + T
-        if end > self.block_size:
-            raise ValueError(f"{end} positions asked for, but block_size is {self.block_size}")
+        length = T if cache is None else cache.length + T
+        if length > self.config.block_size:
+            raise ValueError(
+                f"{length} positions asked for, but block_size is {self.config.block_size}"
+            )
+        mask, layers = None, [None] * len(self.blocks)
         if cache is None:
-            positions, caches = torch.arange(T, device=ids.device), [None] * len(self.blocks)
+            positions = torch.arange(T, device=ids.device)
         else:
-            positions, caches = cache.advance(T)  # (T,) or (B, T)
+            positions, mask, layers = cache.advance(T)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         if self.trigram_embedding is not None:
-            before = ids.new_zeros(B, 2) if cache is None else cache.shift(ids)
-            x = x + self.trigram_embedding(ids, before)
+            preceding = ids.new_zeros(B, 2) if cache is None else cache.preceding_ids(ids)
+            x = x + self.trigram_embedding(ids, preceding)
         x = self.embedding_norm(x)
-        turn = rotation(positions, self.head_size) if self.position_embedding is None else None
-        for block, layer_cache in zip(self.blocks, caches):
-            x = block(x, turn, layer_cache)
+        rotary = self.position_embedding is None
+        angles = rotary_angles(positions, self.config.head_size) if rotary else None
+        for block, layer_cache in zip(self.blocks, layers):
+            x = block(x, angles, mask, layer_cache)
         return self.head(self.norm(x))  # (B, T, V)
-
-
-def check_arguments(
-    *,
-    n_embd: int,
-    n_head: int,
-    dropout: float,
-    attention_dropout: float,
-    position: str,
-    norm: str,
-    activation: str,
-    trigram_rows: int,
-    **sizes: int,
-) -> None:
-    """Raise a ValueError that names what cannot be among the arguments of `GPT`."""
-    for name, size in dict(sizes, n_embd=n_embd, n_head=n_head).items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
-    if trigram_rows < 0:
-        raise ValueError(f"trigram_rows is {trigram_rows}; it must be at least 0")
-    for name, choice, choices in (
-        ("position", position, ("learned", "rotary")),
-        ("norm", norm, tuple(NORMS)),
-        ("activation", activation, tuple(ACTIVATIONS)),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(choices)}")
-    if n_embd % n_head:
-        raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
-    if position == "rotary" and (n_embd // n_head) % 2:
-        raise ValueError(
-            f"rotary positions turn pairs of channels, but n_embd {n_embd} / n_head {n_head} is odd"
-        )
-    for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} is {share}; it must be at least 0 and less than 1")

@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 import torch
 
-from chargpt import callbacks
-from chargpt.cli import main
+from chargpt.cli.main import main
+from chargpt.training import callbacks
 
 # The same examples each time; other ones: pytest --hypothesis-profile=default
 hypothesis.settings.register_profile("repeatable", derandomize=True)

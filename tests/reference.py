@@ -6,6 +6,7 @@ for each character.
 """
 
 import math
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +80,11 @@ class Block(nn.Module):
 
 
 class Reference(nn.Module):
-    """The same arguments as `chargpt.GPT`, no dropout."""
+    """The settings of `chargpt.GPTConfig`, no dropout."""
 
     def __init__(
-        self, vocab_size, block_size, n_embd, n_head, n_layer, position="learned", norm="layer",
-        bias=True, activation="relu", trigram_rows=0, **_,
+        self, vocab_size, block_size, n_embd, n_head, n_layer, position, norm, bias, activation,
+        trigram_rows, **_,
     ) -> None:  # fmt: skip
         super().__init__()
         plain, rotary = norm == "plain", position == "rotary"
@@ -147,9 +148,10 @@ def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
 
 
 @torch.no_grad()
-def reference_of(gpt: nn.Module, **sizes) -> Reference:
-    """A Reference with the weights of a `chargpt.GPT` that was made with these arguments."""
-    reference = Reference(**sizes).to(gpt.token_embedding.weight.dtype)
+def reference_of(gpt: nn.Module) -> Reference:
+    """A Reference with the settings and weights of a `chargpt.GPT`."""
+    embedding = gpt.token_embedding.weight
+    reference = Reference(vocab_size=len(embedding), **asdict(gpt.config)).to(embedding.dtype)
     names, weights = named_as_in_gpt(reference), dict(gpt.named_parameters())
     assert names.keys() == weights.keys()
     for name, parts in names.items():

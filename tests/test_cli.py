@@ -2,6 +2,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import chargpt
-from chargpt import callbacks
-from chargpt.arguments import COMMANDS, split_configs
-from chargpt.cli import ChargptCLI, RunLogger
+from chargpt.checkpoints import new_run
+from chargpt.cli.main import COMMANDS
+from chargpt.cli.train import TrainingCLI
+from chargpt.training import callbacks
 from chargpt.vocabulary import Vocabulary
+
+TRAINING = [command for command in COMMANDS if command != "predict"]
 
 RUN = Path("lightning_logs", "version_0")
 
@@ -33,12 +37,11 @@ def run(trained, tmp_path) -> Path:
 @pytest.fixture
 def parsed(monkeypatch):
     """The settings that a command line amounts to."""
-    monkeypatch.setattr(ChargptCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(ChargptCLI, "_run_subcommand", lambda self, command: None)
+    monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
 
     def parse(folder: Path, *args: str):
         monkeypatch.chdir(folder)
-        return ChargptCLI(list(args)).config[args[0]]
+        return TrainingCLI(args[0], list(args[1:])).config
 
     return parse
 
@@ -134,7 +137,7 @@ def test_an_interrupted_predict_ends_with_130(trained, command, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chargpt.cli.predict", interrupted)
+    monkeypatch.setattr("chargpt.cli.predict.read_prompts", interrupted)
     result = command(trained, "predict")
     assert (result.status, result.out) == (130, "")
     assert "Traceback" not in result.err
@@ -146,9 +149,9 @@ def test_predict_and_validate_need_neither_the_folder_nor_a_configuration(traine
     assert command(tmp_path, "validate", checkpoint).out.startswith("val_loss")
 
 
-def test_predict_says_which_flags_change_nothing(trained, command):
+def test_predict_takes_no_flags_that_would_change_nothing(trained, command):
     result = command(trained, "predict", "--generate.max_new_chars=1", "--model.n_layer=3")
-    assert "warning: --model.n_layer changes nothing" in result.err
+    assert_plain(result, 2, "there is no option --model.n_layer")
 
 
 def test_an_empty_prompt_starts_from_a_newline(trained, command):
@@ -225,11 +228,6 @@ def test_typed_flags_win_wherever_the_config_stands(folder, parsed, flags):
         assert (config.model.n_embd, config.model.n_head, config.model.n_layer) == (32, 4, 1)
 
 
-def test_configurations_are_separated_from_what_is_typed():
-    args = ["--a=1", "-c", "x", "--b", "2", "--config=y", "--config", "z"]
-    assert split_configs(args) == (["x", "y", "z"], ["--a=1", "--b", "2"])
-
-
 def test_typed_flags_win_over_the_checkpoint_and_that_over_configs(run, parsed):
     (run / "other.yaml").write_text(
         "seed_everything: 1\ntrainer: {max_steps: 20, log_every_n_steps: 3}\nmodel: {dropout: 0.5, lr: 1.0}\n"
@@ -280,19 +278,16 @@ def test_another_network_is_refused_with_a_reason(trained, command, name, settin
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_explains_each_argument(name, command, tmp_path, monkeypatch):
+def test_help_explains_each_argument(name, command, tmp_path):
     result = command(tmp_path, name, "--help")
     assert (result.status, result.err) == (0, "")
-    assert "--data.block_size" in result.out
+    assert ("--data.block_size" in result.out) == (name != "predict")
     assert ("--generate.top_p" in result.out) == (name == "predict")
-
-    def explain(self, parser, args):
-        silent = [action.dest for action in self._subcommand_parsers[name]._actions if not action.help]
-        assert silent == []
-        raise SystemExit(0)
-
-    monkeypatch.setattr(ChargptCLI, "parse_arguments", explain)
-    assert command(tmp_path, name).status == 0
+    options = re.findall(r"^  (?:-\w \w+, )?(--[\w.]+)(.*\n(?:   .*\n)*)", result.out, re.MULTILINE)
+    assert len(options) > 10
+    for option, rest in options:
+        explanation = re.sub(r"\(type: .*", "", rest, flags=re.DOTALL)
+        assert len(explanation.split()) > 3, f"{option} is not explained"
 
 
 def test_help_without_a_command_names_the_commands(command, tmp_path):
@@ -301,7 +296,7 @@ def test_help_without_a_command_names_the_commands(command, tmp_path):
     assert all(name in result.out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_print_config_gives_a_configuration(name, command, folder):
     result = command(folder, name, "--config=tiny.yaml", "--print_config")
     assert (result.status, result.err) == (0, "")
@@ -353,9 +348,9 @@ def test_callbacks_of_the_user_work_beside_ours(folder, command):
 
 
 def test_two_runs_that_start_together_take_two_folders(tmp_path, monkeypatch):
-    loggers = [RunLogger(tmp_path, name="lightning_logs") for _ in range(2)]
-    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger._get_next_version", lambda self: 0)
-    assert [logger.version for logger in loggers] == [0, 1]
+    assert [new_run(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
+    monkeypatch.setattr(Path, "glob", lambda *_: [])  # the other has not made its own yet
+    assert new_run(tmp_path).name == "version_2"
 
 
 # ---- what a run says ----
@@ -411,8 +406,9 @@ def test_warnings_of_libraries_stay_silent(trained, command, monkeypatch):
     def noisy(*args):
         warnings.warn_explicit("of a library", UserWarning, "/home/me/chargpt/.venv/lightning/loop.py", 1)
         warnings.warn_explicit("of ours", UserWarning, str(Path(chargpt.__file__).parent / "data.py"), 1)
+        return [""]
 
-    monkeypatch.setattr("chargpt.cli.predict", noisy)
+    monkeypatch.setattr("chargpt.cli.predict.read_prompts", noisy)
     lines = command(trained, "predict").err.splitlines()
     assert lines[1:] == ["warning: of ours"]
 
@@ -449,7 +445,6 @@ CONFIGS = {
     "endless.yaml": "trainer: &a {callbacks: *a}\n",
     "deeper.yaml": "- " * 5000 + "x\n",
     "deep.yaml": "model: " + "[" * 1000 + "]" * 1000 + "\n",
-    "huge.yaml": "# " + "x" * (1 << 16) + "\nmodel: {n_embd: 8}\n",
 }  # fmt: skip
 
 
@@ -459,21 +454,22 @@ CONFIGS = {
         # the command
         ([], 2, "a command is missing"),
         (["fitt"], 2, "did you mean fit?"),
-        (["--version"], 2, "the command comes first"),
+        (["--verbose"], 2, "the command comes first"),
         (["--config=tiny.yaml", "fit"], 2, "the command comes first"),
         # flags
         (["fit", "--model.n_emb=3"], 2, "did you mean --model.n_embd?"),
         (["fit", "--lr=3"], 2, "did you mean --model.lr?"),
         (["predict", "--generate.promt=x"], 2, "did you mean --generate.prompt?"),
-        (["predict", "--generate.length=9"], 2, "generate has temperature, top_k, top_p, max_new_chars,"),
+        (["predict", "--generate.length=9"], 2, "--help after the command explains"),
         (["fit", "--learning_rate=3"], 2, "--help after the command explains"),
-        (["fit", "--data.block_size", "abc"], 2, "data.block_size is abc; it must be a whole number"),
-        (["fit", "--data.block_size"], 2, "--data.block_size needs a value"),
-        (["fit", "--model.position=up"], 2, "one of 'learned', 'rotary'"),
-        (["predict", "--generate.top_k=1.5"], 2, "a whole number, null"),
-        (["fit", "--model.n_embd=null"], 2, "model.n_embd is None; it must be a whole number"),
-        (["fit", "--model.block_size=3"], 2, "it follows data.block_size"),
-        (["fit", "word"], 2, "'word' belongs to no option"),
+        (["fit", "--data.block_size", "abc"], 2, '"data.block_size": Expected a int. Got value: abc'),
+        (["fit", "--data.block_size"], 2, "--data.block_size: expected one argument"),
+        (["fit", "--model.position=up"], 2, "Literal['learned', 'rotary']. Got value: up"),
+        (["predict", "--generate.top_k=1.5"], 2, '"generate.top_k": Expected a int. Got value: 1.5'),
+        (["predict", "--generate.format=xml"], 2, "Literal['text', 'jsonl']. Got value: xml"),
+        (["fit", "--model.n_embd=null"], 2, "Expected a int. Got value: None"),
+        (["fit", "--model.block_size=3"], 2, "must be given via \"data.block_size\""),
+        (["fit", "word"], 2, "unrecognized arguments: word"),
         (["fit", "--config"], 2, "--config needs the name of a file"),
         # configurations
         (["fit", "--config=none.yaml"], 2, "none.yaml: there is no such configuration file"),
@@ -481,23 +477,22 @@ CONFIGS = {
         (["fit", "--config=a\0b"], 2, "cannot be read"),
         (["fit", "--config=list.yaml"], 2, "list.yaml: holds no settings"),
         (["fit", "--config=empty.yaml"], 2, "empty.yaml: holds no settings"),
-        (["fit", "--config=broken.yaml"], 2, "broken.yaml: line 2"),
+        (["fit", "--config=broken.yaml"], 2, "line 2"),
         (["fit", "--config=latin.yaml"], 2, "latin.yaml: is not UTF-8 text"),
         (["fit", "--config=misspelt.yaml"], 2, "did you mean trainer.max_steps?"),
         (["fit", "--config=group.yaml"], 2, "did you mean model.n_embd?"),
         (["fit", "--config=word.yaml"], 2, "word.yaml: trainer is 5"),
-        (["fit", "--config=null.yaml"], 2, "null.yaml: model.n_embd is None"),
-        (["fit", "--config=type.yaml"], 2, "type.yaml: model.n_embd is many; it must be a whole number"),
+        (["fit", "--config=null.yaml"], 1, "n_embd is None; it must be int"),
+        (["fit", "--config=type.yaml"], 2, 'type.yaml: Parser key "model.n_embd": Expected a int. Got value: many'),
         (["fit", "--config=linked.yaml"], 2, "linked.yaml: model.block_size cannot be set"),
-        (["fit", "--config=nested.yaml"], 2, "not under fit:"),
+        (["fit", "--config=nested.yaml"], 2, "nested.yaml: there is no option fit.model.n_embd"),
         (["fit", "--config=code.yaml"], 2, "could not determine a constructor"),
-        (["fit", "--config=class.yaml"], 2, "does not correspond to a subclass of Callback"),
-        (["fit", "--config=callback.yaml"], 2, "did you mean monitor?"),
-        (["fit", "--config=bomb.yaml"], 2, "aliases without end"),
-        (["fit", "--config=endless.yaml"], 2, "aliases without end"),
+        (["fit", "--config=class.yaml"], 2, "Importing 'os.mkdir' is not allowed"),
+        (["fit", "--config=callback.yaml"], 2, "Option 'moniter' is not accepted"),
+        (["fit", "--config=bomb.yaml"], 2, "bomb.yaml: has aliases"),
+        (["fit", "--config=endless.yaml"], 2, "endless.yaml: has aliases"),
         (["fit", "--config=deep.yaml"], 2, "nested too deeply"),
         (["fit", "--config=deeper.yaml"], 2, "nested too deeply"),
-        (["fit", "--config=huge.yaml"], 2, "too many for a configuration file"),
         # the text
         (["--data.corpus=none.txt"], 1, "there is no text 'none.txt'"),
         (["--data.corpus=empty.txt"], 1, "holds no text"),
@@ -508,7 +503,7 @@ CONFIGS = {
         (["--data.val_fraction=0.0001"], 1, "to validate on"),
         (["--data.test_fraction=0.0001"], 1, "to test on"),
         (["--data.val_fraction=0.95"], 1, "must not be negative"),
-        (["--data.val_fraction=nan"], 2, "data.val_fraction is nan"),
+        (["--data.val_fraction=nan"], 2, '"data.val_fraction": Expected a float. Got value: nan'),
         # sizes
         (["--model.n_embd=7"], 1, "not divisible by n_head"),
         (["--model.n_embd=0"], 1, "n_embd"),

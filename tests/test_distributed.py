@@ -10,8 +10,8 @@ from lightning import Callback
 
 from chargpt import corpus
 from chargpt.corpus import UnavailableError
-from chargpt.runs import read_checkpoint
-from test_checkpointing import StopAt
+from chargpt.checkpoints import read_checkpoint
+from test_resume import StopAt
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")

@@ -5,6 +5,7 @@ import math
 import random
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,18 +13,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt.generation import KVCache, Sampling, Text, bare, choose, generate, window_length
-from chargpt.model import GPT
+from chargpt.generation import (
+    GenerationConfig,
+    SequenceState,
+    generate,
+    inference_copy,
+    sample,
+    uniform,
+    window_length,
+)
+from chargpt.model import GPT, GPTConfig, KVCache
 from reference import reference_of, window_by_the_rule, write_greedily
 
-SIZES = dict(vocab_size=11, block_size=10, n_embd=16, n_head=2, n_layer=2)
+VOCAB_SIZE = 11
+SIZES = dict(block_size=10, n_embd=16, n_head=2, n_layer=2)
 MODERN = dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37)
 ARCHITECTURES = pytest.mark.parametrize("switches", [{}, MODERN], ids=["textbook", "modern"])
-GREEDY = Sampling(temperature=0)
+GREEDY = GenerationConfig(temperature=0)
+WARM = GenerationConfig(temperature=1.5)
 
 
 def random_gpt(**switches) -> GPT:
-    gpt = GPT(**SIZES | switches).eval()
+    gpt = GPT(GPTConfig(**SIZES | switches), VOCAB_SIZE).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -32,15 +43,15 @@ def random_gpt(**switches) -> GPT:
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:
-    return Random(seed).choices(range(SIZES["vocab_size"]), k=length)
+    return Random(seed).choices(range(VOCAB_SIZE), k=length)
 
 
-def write(gpt, prompts, max_new, sampling=Sampling(temperature=1.5), seeds=None, **arguments) -> list[list[int]]:
+def write(gpt, prompts, max_new, config=WARM, exact_window=False, **arguments) -> list[list[int]]:
     """What `generate` adds to each prompt."""
     texts = [[] for _ in prompts]
-    seeds = seeds or ["0/0"] * len(prompts)
-    for pieces in generate(gpt, prompts, seeds, max_new, sampling, **arguments):
-        for index, ids, _ in pieces:
+    config = replace(config, max_new_chars=max_new, exact_window=exact_window)
+    for chunks in generate(gpt, prompts, config, **arguments):
+        for index, ids, _ in chunks:
             texts[index] += ids
     return texts
 
@@ -65,7 +76,7 @@ def test_cached_logits_are_those_of_recomputing(switches, rows, steps):
 def test_rows_of_different_lengths_do_not_disturb_each_other(switches):
     gpt = random_gpt(**switches)
     prompts = [random_prompt(length, seed=length) for length in (7, 1, 4)]
-    together = KVCache(gpt, rows=3)
+    together = KVCache(gpt, rows=3, end=7)
     for row, prompt in enumerate(prompts):
         alone = KVCache(gpt, rows=1)
         gpt(torch.tensor([prompt]), alone)
@@ -104,7 +115,7 @@ def test_the_twin_is_the_network_whatever_was_changed_in_it(switches):
     gpt.norm = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh())
     gpt.blocks[1].attention.qkv.weight = gpt.blocks[0].attention.qkv.weight
     hook = gpt.norm[0].register_forward_hook(lambda *_: pytest.fail("hooks are for training"))
-    logits = bare(gpt)(ids)
+    logits = inference_copy(gpt)(ids)
     hook.remove()
     assert all(module.training for module in gpt.modules())
     assert torch.equal(logits, gpt.eval()(ids))
@@ -112,7 +123,7 @@ def test_the_twin_is_the_network_whatever_was_changed_in_it(switches):
 
 def test_the_twin_shares_the_weights():
     gpt = random_gpt(**MODERN)
-    twins = dict(bare(gpt).named_parameters())
+    twins = dict(inference_copy(gpt).named_parameters())
     assert all(twins[name] is weight for name, weight in gpt.named_parameters())
 
 
@@ -132,7 +143,7 @@ def test_the_window_is_that_of_the_documented_rule(length, block_size):
 @pytest.mark.parametrize("block_size", [10, 5, 2, 1])
 def test_greedy_texts_are_those_of_the_slow_way(switches, exact, block_size):
     gpt = random_gpt(block_size=block_size, **switches)
-    reference = reference_of(gpt, **SIZES | dict(block_size=block_size), **switches)
+    reference = reference_of(gpt)
     lengths = sorted({1, max(block_size - 1, 1), block_size, 3 * block_size})
     prompts = [random_prompt(length, seed=length) for length in lengths]
     expected = [
@@ -154,9 +165,10 @@ def test_both_windows_write_the_same_until_the_first_is_full():
 
 def test_going_on_with_a_text_is_the_same_as_having_written_it_in_one_go():
     gpt, prompt = random_gpt(), random_prompt(3)
-    whole = write(gpt, [prompt], 40, GREEDY)[0]
-    for n in range(1, 40, 3):
-        assert write(gpt, [prompt + whole[:n]], 40 - n, GREEDY)[0] == whole[n:]
+    for config in (GREEDY, WARM):
+        whole = write(gpt, [prompt], 40, config)[0]
+        for n in range(1, 40, 3):
+            assert write(gpt, [prompt + whole[:n]], 40 - n, config)[0] == whole[n:]
 
 
 # ---- batches, seeds, modes ----
@@ -166,18 +178,19 @@ def test_going_on_with_a_text_is_the_same_as_having_written_it_in_one_go():
 def test_each_text_is_the_same_alone_and_in_any_batch(switches):
     gpt = random_gpt(**switches)
     prompts = [random_prompt(length, seed=length) for length in (1, 30, 9, 10, 4, 11, 2, 2)]
-    seeds = [f"0/{n}" for n in range(8)]
+    samples = list(range(8))
     stops = [[1, 2], [3], [0, 0, 0]]
-    together = write(gpt, prompts, 50, seeds=seeds, stops=stops)
-    for prompt, seed, text in zip(prompts, seeds, together):
-        assert write(gpt, [prompt], 50, seeds=[seed], stops=stops) == [text]
+    together = write(gpt, prompts, 50, samples=samples, stops=stops)
+    for prompt, sample, text in zip(prompts, samples, together):
+        assert write(gpt, [prompt], 50, samples=[sample], stops=stops) == [text]
     assert len({len(text) for text in together}) > 3, "they should have left the batch one by one"
 
 
 def test_seeds_decide():
     gpt, prompt = random_gpt(), random_prompt(3)
-    a, b, c = write(gpt, [prompt] * 3, 30, seeds=["0/0", "0/1", "0/0"])
+    a, b, c = write(gpt, [prompt] * 3, 30, samples=[0, 1, 0])
     assert a == c != b
+    assert write(gpt, [prompt], 30, replace(WARM, seed=1)) != [a]
 
 
 def test_samples_share_the_reading_of_their_prompt(monkeypatch):
@@ -198,7 +211,7 @@ def test_the_networks_mode_and_the_callers_random_state_stay():
     expected = write(gpt, [random_prompt(3)], 30)
     gpt.train()
     state, state_of_python = torch.get_rng_state(), random.getstate()
-    steps = generate(gpt, [random_prompt(3)], ["0/0"], 30, Sampling(temperature=1.5))
+    steps = generate(gpt, [random_prompt(3)], replace(WARM, max_new_chars=30))
     ids = []
     for pieces in steps:
         assert all(module.training for module in gpt.modules()), "between two characters, too"
@@ -218,14 +231,14 @@ def test_half_precision_writes_too(switches, mixed):
 
 
 def test_nothing_to_write():
-    pieces = [piece for step in generate(random_gpt(), [[1], [2]], ["a", "b"], 0, GREEDY) for piece in step]
-    assert pieces == [(0, [], True), (1, [], True)]
+    steps = generate(random_gpt(), [[1], [2]], GenerationConfig(max_new_chars=0))
+    assert [chunk for step in steps for chunk in step] == [(0, [], True), (1, [], True)]
 
 
 def test_memory_does_not_grow_with_the_text():
     gpt = random_gpt(block_size=8, n_layer=1)
-    prompts, seeds = [[1]] * 32 + [[2, 3]] * 32, [f"0/{n}" for n in range(64)]
-    steps = generate(gpt, prompts, seeds, 10**9, Sampling(), stops=[[1] * 50])
+    prompts, config = [[1]] * 32 + [[2, 3]] * 32, GenerationConfig(max_new_chars=10**9)
+    steps = generate(gpt, prompts, config, range(64), stops=[[1] * 50])
 
     def used_after(n: int) -> tuple[int, int]:
         for _ in range(n):
@@ -247,7 +260,7 @@ def test_memory_does_not_grow_with_the_text():
 # ---- the choice ----
 
 settings_of_a_choice = st.builds(
-    Sampling,
+    GenerationConfig,
     temperature=st.sampled_from([0, 1e-300, 1e-3, 0.5, 1, 3, 1e6]) | st.floats(0, 10),
     top_k=st.none() | st.integers(1, 12),
     top_p=st.none() | st.floats(0, 1, exclude_min=True),
@@ -257,7 +270,7 @@ some_logits = st.lists(st.integers(-9, 9) | st.floats(-80, 80, width=32), min_si
 some_uniforms = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.5, 1 - 2**-53])
 
 
-def stated_distribution(logits: list[float], sampling: Sampling) -> list[float]:
+def stated_distribution(logits: list[float], sampling: GenerationConfig) -> list[float]:
     """What temperature, top_k and top_p promise, one after the other, in plain words."""
     likeliest_first = sorted(range(len(logits)), key=lambda id: (-logits[id], id))
     if sampling.temperature == 0:
@@ -277,18 +290,18 @@ def stated_distribution(logits: list[float], sampling: Sampling) -> list[float]:
     return [weights[id] / total if id in likeliest_first else 0.0 for id in range(len(logits))]
 
 
-def choose_one(logits: list[float], sampling: Sampling, uniform: float) -> int:
+def sample_one(logits: list[float], sampling: GenerationConfig, uniform: float) -> int:
     uniforms = torch.tensor([uniform], dtype=torch.float64)
-    return choose(torch.tensor([logits], dtype=torch.float32), sampling, uniforms).item()
+    return sample(torch.tensor([logits], dtype=torch.float32), sampling, uniforms).item()
 
 
 @given(some_logits, settings_of_a_choice, some_uniforms)
 @settings(max_examples=300, deadline=None)
 def test_only_what_the_settings_leave_is_chosen(logits, sampling, uniform):
-    chosen = choose_one(logits, sampling, uniform)
+    chosen = sample_one(logits, sampling, uniform)
     allowed = stated_distribution(logits, sampling)
     if sampling.top_p is not None:  # a sum that meets top_p within rounding may end either way
-        looser = Sampling(sampling.temperature, sampling.top_k, min(sampling.top_p + 1e-9, 1))
+        looser = replace(sampling, top_p=min(sampling.top_p + 1e-9, 1))
         allowed = stated_distribution(logits, looser)
     assert 0 <= chosen < len(logits)
     assert allowed[chosen] > 0
@@ -302,9 +315,9 @@ def test_only_what_the_settings_leave_is_chosen(logits, sampling, uniform):
 @settings(max_examples=150, deadline=None)
 def test_all_that_the_settings_leave_is_chosen_some_time(logits, top_k, top_p):
     """So exactly k survive top_k, whatever the ties, and top_p leaves neither more nor fewer."""
-    sampling = Sampling(1.0, top_k, top_p)
+    sampling = GenerationConfig(temperature=1.0, top_k=top_k, top_p=top_p)
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    chosen = choose(torch.tensor([logits] * 4000, dtype=torch.float32), sampling, grid)
+    chosen = sample(torch.tensor([logits] * 4000, dtype=torch.float32), sampling, grid)
     allowed = stated_distribution(logits, sampling)
     assert set(chosen.tolist()) == {id for id, p in enumerate(allowed) if p > 0}
 
@@ -312,14 +325,14 @@ def test_all_that_the_settings_leave_is_chosen_some_time(logits, top_k, top_p):
 @given(some_logits, st.integers(1, 5), some_uniforms)
 @settings(max_examples=50, deadline=None)
 def test_the_choice_depends_on_its_own_row_alone(logits, rows, uniform):
-    sampling = Sampling(0.9, top_k=5, top_p=0.9)
+    sampling = GenerationConfig(temperature=0.9, top_k=5, top_p=0.9)
     batch = torch.tensor([logits] + [logits[::-1]] * rows, dtype=torch.float32)
     uniforms = torch.full((rows + 1,), uniform, dtype=torch.float64)
-    assert choose(batch, sampling, uniforms)[0].item() == choose_one(logits, sampling, uniform)
+    assert sample(batch, sampling, uniforms)[0].item() == sample_one(logits, sampling, uniform)
 
 
 def test_temperature_zero_takes_the_first_of_the_most_likely():
-    assert choose_one([1, 3, 3, 2], GREEDY, 0.99) == 1
+    assert sample_one([1, 3, 3, 2], GREEDY, 0.99) == 1
 
 
 LOGITS = [2.0, 1.5, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -2.0, 1.5]
@@ -328,29 +341,49 @@ LOGITS = [2.0, 1.5, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -2.0, 1.5]
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(temperature=1.0),
-        Sampling(temperature=0.5),
-        Sampling(temperature=2.0),
-        Sampling(temperature=1.0, top_k=3),  # one of the three that are equal has to go
-        Sampling(temperature=1.0, top_p=0.7),
-        Sampling(temperature=0.8, top_k=6, top_p=0.9),
+        GenerationConfig(temperature=1.0),
+        GenerationConfig(temperature=0.5),
+        GenerationConfig(temperature=2.0),
+        GenerationConfig(temperature=1.0, top_k=3),  # one of the three that are equal has to go
+        GenerationConfig(temperature=1.0, top_p=0.7),
+        GenerationConfig(temperature=0.8, top_k=6, top_p=0.9),
     ],
     ids=str,
 )
 def test_20_000_draws_have_the_stated_distribution(sampling):
-    n, numbers = 20_000, Random("0/0")
-    uniforms = torch.tensor([numbers.random() for _ in range(n)], dtype=torch.float64)
-    drawn = Counter(choose(torch.tensor([LOGITS] * n), sampling, uniforms).tolist())
+    n = 20_000
+    uniforms = torch.tensor([uniform(0, 0, position) for position in range(n)], dtype=torch.float64)
+    drawn = Counter(sample(torch.tensor([LOGITS] * n), sampling, uniforms).tolist())
     assert p_value(drawn, stated_distribution(LOGITS, sampling), n) > 0.001
 
 
-def test_the_first_draws_of_different_samples_are_independent():
-    """The seeds of samples lie close together; their random numbers must not."""
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n: uniform(0, 0, n),
+        lambda n: uniform(7, n, 0),
+        lambda n: uniform(n, 0, 0),
+        lambda n: uniform(n << 32, 3, 100),
+        lambda n: uniform(-n, n % 3, n // 3),
+    ],
+    ids=["positions", "samples", "seeds", "high bits of seeds", "all of them"],
+)
+def test_random_numbers_are_uniform_and_independent(draw):
+    """Counters lie close together; their random numbers must not."""
     n = 20_000
-    drawn = [int(Random(f"7/{sample}").random() * 10) for sample in range(n)]
-    assert p_value(Counter(drawn), [0.1] * 10, n) > 0.001
-    pairs = Counter(a * 10 + b for a, b in zip(drawn, drawn[1:]))
-    assert p_value(pairs, [0.01] * 100, n - 1) > 0.001
+    numbers = [draw(i) for i in range(n)]
+    assert 0 <= min(numbers) and max(numbers) < 1 and len(set(numbers)) > n - 10
+    for bins in (lambda x: int(x * 10), lambda x: int(x * 1e5) % 10):  # high and low digits
+        drawn = [bins(number) for number in numbers]
+        assert p_value(Counter(drawn), [0.1] * 10, n) > 0.001
+        for lag in (1, 2, 16):
+            pairs = Counter(a * 10 + b for a, b in zip(drawn, drawn[lag:]))
+            assert p_value(pairs, [0.01] * 100, n - lag) > 0.001
+
+
+def test_texts_of_one_seed_do_not_share_numbers():
+    numbers = {uniform(1, sample, position) for sample in range(50) for position in range(500)}
+    assert len(numbers) > 25_000 - 10
 
 
 def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
@@ -377,7 +410,7 @@ def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
 )
 def test_settings_that_mean_nothing(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Sampling(**wrong)
+        GenerationConfig(**wrong)
 
 
 # ---- stopping ----
@@ -388,7 +421,7 @@ def test_settings_that_mean_nothing(wrong, message):
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=3),
 )
 def test_a_text_ends_before_the_first_stop_and_nothing_shown_is_taken_back(written, stops):
-    text, shown = Text(0, [], Random(0)), []
+    text, shown = SequenceState(0, 0, 0, []), []
     for n, id in enumerate(written, start=1):
         piece = text.add(id, stops, last=n == len(written))
         shown += piece.ids
@@ -405,6 +438,6 @@ def test_a_text_ends_before_the_first_stop_and_nothing_shown_is_taken_back(writt
 
 
 def test_what_cannot_begin_a_stop_is_shown_at_once():
-    text = Text(0, [], Random(0))
+    text = SequenceState(0, 0, 0, [])
     shown = [text.add(id, [[1, 2, 3]], last=False).ids for id in [0, 1, 2, 0, 1, 1, 2]]
     assert shown == [[0], [], [], [1, 2, 0], [], [1], []]

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chargpt.model import GPT
+from chargpt.model import GPT, GPTConfig
 from reference import named_as_in_gpt, reference_of
 
-SIZES = dict(vocab_size=11, block_size=12, n_embd=24, n_head=3, n_layer=2)
+SIZES = dict(block_size=12, n_embd=24, n_head=3, n_layer=2)
 SWITCHES = {
     "textbook": {},
     "rotary": dict(position="rotary"),
@@ -22,9 +22,16 @@ SWITCHES = {
 }
 
 
+VOCAB_SIZE = 11
+
+
+def make_gpt(**settings) -> GPT:
+    return GPT(GPTConfig(**SIZES | settings), VOCAB_SIZE)
+
+
 def random_gpt(**switches) -> GPT:
     """Large random weights, so that every part matters."""
-    gpt = GPT(**SIZES, **switches).eval()
+    gpt = make_gpt(**switches).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -33,17 +40,17 @@ def random_gpt(**switches) -> GPT:
 
 
 def random_ids(*shape: int, seed: int = 2) -> torch.Tensor:
-    return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_base_size_has_the_textbooks_parameters():
-    assert sum(p.numel() for p in GPT(vocab_size=65).parameters()) == 10_788_929
+    assert sum(p.numel() for p in GPT(GPTConfig(), vocab_size=65).parameters()) == 10_788_929
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_logits_and_gradients_are_those_of_the_textbook(switches):
     gpt = random_gpt(**switches).double()
-    reference = reference_of(gpt, **SIZES, **switches)
+    reference = reference_of(gpt)
     ids, targets = random_ids(3, 12), random_ids(3, 12, seed=3)
     logits, expected = gpt(ids), reference(ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)
@@ -64,7 +71,7 @@ def test_no_character_sees_a_later_one(switches):
     before = gpt(ids)
     for position in (1, 6, 11):
         changed = ids.clone()
-        changed[0, position] = (ids[0, position] + 1) % SIZES["vocab_size"]
+        changed[0, position] = (ids[0, position] + 1) % VOCAB_SIZE
         after = gpt(changed)
         torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-6)
         assert (after - before)[:, position:].abs().amax(-1).min() > 1e-4
@@ -72,7 +79,7 @@ def test_no_character_sees_a_later_one(switches):
 
 def test_initial_weights():
     torch.manual_seed(0)
-    gpt = GPT(vocab_size=65, n_embd=192, n_layer=3)
+    gpt = GPT(GPTConfig(n_embd=192, n_layer=3), vocab_size=65)
     for name, parameter in gpt.named_parameters():
         std = 0.02 / 6**0.5 if "projection" in name else 0.02
         if "norm" in name:
@@ -86,7 +93,7 @@ def test_initial_weights():
 
 @torch.no_grad()
 def test_zero_init_starts_as_the_identity_and_undecided():
-    gpt = GPT(**SIZES, zero_init=True, trigram_rows=5).eval()
+    gpt = make_gpt(zero_init=True, trigram_rows=5).eval()
     ids = random_ids(2, 12)
     assert (gpt(ids) == 0).all()
     x = gpt.token_embedding(ids)
@@ -94,7 +101,7 @@ def test_zero_init_starts_as_the_identity_and_undecided():
 
 
 def test_dropout_works_in_training_alone():
-    gpt, ids = GPT(**SIZES, dropout=0.5), random_ids(2, 12)
+    gpt, ids = make_gpt(dropout=0.5), random_ids(2, 12)
     assert not torch.equal(gpt(ids), gpt(ids))
     gpt.eval()
     assert torch.equal(gpt(ids), gpt(ids))
@@ -103,7 +110,6 @@ def test_dropout_works_in_training_alone():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(vocab_size=0), "vocab_size is 0"),
         (dict(block_size=0), "block_size is 0"),
         (dict(n_embd=-24), "n_embd is -24"),
         (dict(n_head=0), "n_head is 0"),
@@ -116,9 +122,9 @@ def test_dropout_works_in_training_alone():
 )
 def test_sizes_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
-        GPT(**{**SIZES, **wrong})
+        make_gpt(**wrong)
 
 
 def test_more_positions_than_block_size():
     with pytest.raises(ValueError, match="13 positions .* block_size is 12"):
-        GPT(**SIZES)(random_ids(1, 13))
+        make_gpt()(random_ids(1, 13))

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback
 
-from chargpt.model import GPT
-from chargpt.module import GPTModule, MeanLoss
-from chargpt.runs import CheckpointError, read_checkpoint
+from chargpt.training.module import GPTModule
+from chargpt.checkpoints import CheckpointError, read_checkpoint
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
 
 
@@ -19,10 +18,8 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.lrs, self.losses, self.contexts = [], [], []
 
-    def on_train_batch_start(self, trainer, module, *_) -> None:
-        self.contexts.append(module.context())
-
     def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
+        self.contexts.append(module.config.context_at(module.progress))
         self.losses.append(outputs["loss"].item())
         self.lrs.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
@@ -39,7 +36,7 @@ def train(folder, *callbacks, model=None, data=None, ckpt_path=None, **settings)
 
 
 def test_mean_loss_weighs_by_characters_and_sees_nan():
-    mean = MeanLoss()
+    mean = make_module().mean_loss
     mean.update(torch.tensor(2.0), 30)
     mean.update(torch.tensor(5.0), 10)
     assert mean.compute() == 2.75
@@ -228,7 +225,7 @@ def test_a_checkpoint_alone_gives_network_and_vocabulary(trained):
     alone = GPTModule.load_from_checkpoint(last(folder), weights_only=True)
     assert alone.vocabulary == module.vocabulary
     assert_same(alone.state_dict(), module.state_dict())
-    assert list(checkpoint["state_dict"]) == [f"gpt.{name}" for name in GPT(10, 8, 16, 2, 2).state_dict()]
+    assert list(checkpoint["state_dict"]) == [f"gpt.{name}" for name in module.gpt.state_dict()]
 
 
 def test_another_vocabulary_is_refused(trained, tmp_path):
@@ -236,16 +233,6 @@ def test_another_vocabulary_is_refused(trained, tmp_path):
     write_text(tmp_path, alphabet="abcdefghz\n")
     with pytest.raises(CheckpointError, match=r"new \('z'\) and 1 missing \(' '\)"):
         train(tmp_path, ckpt_path=last(folder))
-
-
-def test_a_checkpoint_of_weights_alone_cannot_be_gone_on_with(trained, tmp_path):
-    folder, _ = trained
-    checkpoint = read_checkpoint(last(folder))
-    for key in ("loops", "optimizer_states", "lr_schedulers", "callbacks"):
-        del checkpoint[key]
-    torch.save(checkpoint, tmp_path / "weights.ckpt")
-    with pytest.raises(CheckpointError, match="weights alone"):
-        train(folder, ckpt_path=tmp_path / "weights.ckpt", max_steps=20)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the predict command does with a Writer: prompts in, texts out, and nothing half done."""
+"""What the predict command does with a TextGenerator: prompts in, texts out, and nothing half done."""
 
 import io
 import json
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from chargpt.predict import SEPARATOR, Generate, one_by_one, predict
+from chargpt.cli.predict import SEPARATOR, one_by_one, predict
 from chargpt.vocabulary import UnknownCharacterError
-from chargpt.writer import Piece, Settings, Writer
-from test_writer import make_writer
+from chargpt.generation import GenerationConfig
+from chargpt.text_generator import TextChunk, TextGenerator
+from test_text_generator import make_generator
 
-WRITER = make_writer()
+GENERATOR = make_generator()
 
 
 class Stdin:
@@ -23,11 +24,11 @@ class Stdin:
 
 
 def run(**options) -> None:
-    predict(WRITER, Generate(**dict(max_new_chars=30) | options), "x.ckpt")
+    predict(GENERATOR, "x.ckpt", **dict(max_new_chars=30) | options)
 
 
 def complete(prompt: str, **settings) -> str:
-    return WRITER.complete(prompt, **dict(max_new_chars=30) | settings)
+    return GENERATOR.complete(prompt, **dict(max_new_chars=30) | settings)
 
 
 def line(text: str) -> str:
@@ -40,13 +41,13 @@ def test_standard_output_holds_the_prompt_and_what_follows_it(capfdbinary):
 
 
 def test_defaults_are_those_of_python(capsys):
-    predict(WRITER, Generate(), "x.ckpt")
-    assert capsys.readouterr().out == line(WRITER.complete("\n"))
+    predict(GENERATOR, "x.ckpt")
+    assert capsys.readouterr().out == line(GENERATOR.complete("\n"))
 
 
 def test_several_samples_are_separated(capsys):
     run(prompt="abc", num_samples=3)
-    samples = WRITER.complete_all(["abc"], num_samples=3, max_new_chars=30)[0]
+    samples = GENERATOR.complete_all(["abc"], num_samples=3, max_new_chars=30)[0]
     assert capsys.readouterr().out == SEPARATOR.join(map(line, samples))
 
 
@@ -58,7 +59,7 @@ def test_prompts_of_a_file(capsys, tmp_path):
         texts = [
             text
             for prompt in ("abc", "\n", "café dead")
-            for text in WRITER.complete_all([prompt], num_samples=2, max_new_chars=30, stop=["f", "é"])[0]
+            for text in GENERATOR.complete_all([prompt], num_samples=2, max_new_chars=30, stop=["f", "é"])[0]
         ]
         assert capsys.readouterr().out == SEPARATOR.join(map(line, texts))
 
@@ -79,14 +80,14 @@ def test_a_prompt_from_standard_input_is_taken_as_it_stands(capsys, monkeypatch)
 def test_json_lines(capsys):
     run(prompt="abc", num_samples=2, format="jsonl", seed=7, temperature=0.5, stop=["é"])
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    texts = WRITER.complete_all(["abc"], num_samples=2, max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
+    texts = GENERATOR.complete_all(["abc"], num_samples=2, max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
     assert [(r["prompt"], r["text"], r["sample"], r["seed"]) for r in lines] == [
         ("abc", texts[0][0], 0, 7),
         ("abc", texts[0][1], 1, 7),
     ]
     assert lines[0]["checkpoint"] == "x.ckpt"
-    again = Settings(seed=lines[0]["seed"], **lines[0]["settings"])
-    assert again == Settings(max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
+    again = GenerationConfig(seed=lines[0]["seed"], **lines[0]["settings"])
+    assert again == GenerationConfig(max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
 
 
 def test_output_goes_to_the_file_alone(capsys, tmp_path):
@@ -100,12 +101,12 @@ def test_output_goes_to_the_file_alone(capsys, tmp_path):
 
 def test_an_error_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def fails(*_):
-        yield Piece(0, "a", False)
+        yield TextChunk(0, "a", False)
         raise RuntimeError("out of something")
 
     file = tmp_path / "poem.txt"
     file.write_text("what it held before")
-    monkeypatch.setattr(Writer, "write", fails)
+    monkeypatch.setattr(TextGenerator, "write", fails)
     with pytest.raises(RuntimeError):
         run(output=str(file))
     assert file.read_text() == "what it held before"
@@ -148,10 +149,10 @@ def test_a_pipe_without_a_name_is_written_to():
 @pytest.mark.parametrize("format", ["text", "jsonl"])
 def test_an_interruption_leaves_the_texts_so_far(capsys, tmp_path, monkeypatch, output, format):
     def interrupted(*_):
-        yield from [Piece(0, "a", False), Piece(1, "b", False), Piece(0, "c", False), Piece(1, "d", True)]
+        yield from [TextChunk(0, "a", False), TextChunk(1, "b", False), TextChunk(0, "c", False), TextChunk(1, "d", True)]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write", interrupted)
+    monkeypatch.setattr(TextGenerator, "write", interrupted)
     file = tmp_path / "poem.txt"
     with pytest.raises(KeyboardInterrupt):
         run(prompt="é", num_samples=3, format=format, output=str(file) if output else "")
@@ -166,7 +167,7 @@ def test_pieces_are_shown_as_they_come():
     asked = []
 
     def pieces():
-        for piece in [Piece(0, "a", False), Piece(1, "b", False), Piece(0, "c", True), Piece(1, "d", True)]:
+        for piece in [TextChunk(0, "a", False), TextChunk(1, "b", False), TextChunk(0, "c", True), TextChunk(1, "d", True)]:
             asked.append(piece.text)
             yield piece
 
@@ -180,11 +181,11 @@ def test_every_character_reaches_the_reader_before_the_next_is_written(monkeypat
 
     def pieces(*_):
         for character in "abc":
-            yield Piece(0, character, character == "c")
+            yield TextChunk(0, character, character == "c")
             shown.append(reader.getvalue().decode())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
-    monkeypatch.setattr(Writer, "write", pieces)
+    monkeypatch.setattr(TextGenerator, "write", pieces)
     run(prompt="é")
     assert shown == ["éa", "éab"]
 
@@ -213,14 +214,13 @@ def test_a_reader_that_has_had_enough_and_a_narrow_locale():
     [
         (dict(num_samples=0), "num_samples is 0"),
         (dict(prompt="a", prompts="b.txt"), "not both"),
-        (dict(format="xml"), "format is"),
         (dict(temperature=-1), "temperature is -1"),
         (dict(max_new_chars=-1), "max_new_chars is -1"),
     ],
 )
 def test_options_that_mean_nothing(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Generate(**wrong)
+        run(**wrong)
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(capsys, tmp_path, monkeypatch):

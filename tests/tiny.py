@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from chargpt.checkpointing import AtomicCheckpointIO, LastCheckpoint, best_checkpoint_callback
-from chargpt.cli import TRAINER_DEFAULTS
+from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
+from chargpt.training.resume import LastCheckpoint
+from chargpt.cli.train import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
-from chargpt.module import GPTModule
+from chargpt.training.module import GPTModule
 
 MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 

@@ -95,7 +95,7 @@ def measure(folder: Path) -> None:
 def train(folder: Path) -> None:
     """Steps of configs/cpu.yaml's network on the large text against those on the small one, in turns."""
     from chargpt.data import CharDataModule
-    from chargpt.module import GPTModule
+    from chargpt.training.module import GPTModule
     from overhead import PlainLoop
 
     settings = yaml.safe_load(CONFIG.read_text())

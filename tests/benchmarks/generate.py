@@ -40,9 +40,9 @@ def lap(what):
 import torch; lap("import torch")
 import chargpt.predict; lap("import what writing needs")
 import chargpt.cli; lap("import Lightning's command line")
-writer = chargpt.writer.load(PATH); lap("load the checkpoint")
+generator = chargpt.text_generator.load(PATH); lap("load the checkpoint")
 from chargpt import generation
-stream = writer.stream(PROMPT)
+stream = generator.stream(PROMPT)
 prefill = generation.prefill
 def timed(*arguments):
     global start
@@ -66,7 +66,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    gpt = GPT(len(CHARACTERS)).eval()
+    gpt = GPT(GPTConfig(), len(CHARACTERS)).eval()
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
     print(f"{parameters:,} parameters, {args.threads} threads, {args.chars:,} characters")
     for samples in args.samples:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from chargpt.cli import ChargptCLI
 from chargpt.data import CharDataModule, TrainingBatches
-from chargpt.module import GPTModule
+from chargpt.training.module import GPTModule
 
 CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
 WARM_UP_STEPS = 2

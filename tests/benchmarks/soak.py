@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from chargpt.runs import last_checkpoint, newest_run, read_checkpoint
+from chargpt.checkpoints import last_checkpoint, newest_run, read_checkpoint
 
 SETTINGS = """
 trainer: {max_steps: 150, val_check_interval: 30, log_every_n_steps: 10, accumulate_grad_batches: 2,

@@ -1,9 +1,11 @@
-"""How the weights are moved: Muon, and the learning rate over a run."""
+"""Optimizers: Muon and AdamW, and the learning rate schedule."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each iteration the odd polynomial of
@@ -17,11 +19,11 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
-    """Bring every singular value of every matrix close to 1, and keep its singular vectors.
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
+    """Orthogonalize matrices by a Newton-Schulz iteration: every singular value comes close to 1.
 
-    A Newton-Schulz iteration: matrix products alone, so it is fast where they are. In bfloat16 on
-    GPUs; in float32 elsewhere, since a processor without bfloat16 crawls in it.
+    Their singular vectors stay. It is made of matrix products alone, so it is fast where they are.
+    In bfloat16 on GPUs; in float32 elsewhere, since a processor without bfloat16 crawls in it.
 
     Args:
         matrices: (..., rows, columns).
@@ -38,11 +40,12 @@ def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups that say `muon: True`, AdamW for all others, in one optimizer.
+    """Muon for the parameter groups that say `muon: True`, AdamW for all others, in one optimizer.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps by the momentum
     with its singular values set to 1: every direction of a matrix moves by the same amount, the
-    rare ones too.
+    rare ones too. AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) divides a running mean of
+    the gradients by the root of a running mean of their squares, for each weight alone.
 
     Args:
         groups: parameter groups. Of each: `lr` and `weight_decay` (decoupled); for Muon
@@ -50,14 +53,20 @@ class MuonAdamW(torch.optim.Optimizer):
             other in each parameter (3 where query, key and value are fused); for AdamW `betas`.
     """
 
-    def __init__(self, groups: list[dict]) -> None:
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
         defaults = dict(
-            lr=1e-3, weight_decay=0.0, muon=False, betas=(0.9, 0.95), momentum=0.95, iterations=4, parts=1
+            lr=1e-3,
+            weight_decay=0.0,
+            muon=False,
+            betas=(0.9, 0.95),
+            momentum=0.95,
+            iterations=4,
+            parts=1,
         )
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None):  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,7 +96,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for (rows, columns), members in by_shape.items():
             rows //= group["parts"]
             stack = torch.stack([updates[i] for i in members]).view(-1, rows, columns)
-            stack = orthogonalise(stack, group["iterations"]).reshape(len(members), -1, columns)
+            stack = orthogonalize(stack, group["iterations"]).reshape(len(members), -1, columns)
             scale = max(1, rows / columns) ** 0.5  # keeps the size of the outputs' change
             torch._foreach_add_(
                 [parameters[i] for i in members], list(stack.unbind()), alpha=-group["lr"] * scale
@@ -116,13 +125,67 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def decay(shape: str, progress: float) -> float:
-    """Share of the highest learning rate when `progress` (0 to 1) of the run is over.
+# ---- which optimizer takes which parameter ----
+
+# The matrices of a block that Muon takes, and how many stand one above the other in each.
+MUON_MATRICES = {
+    "attention.qkv.weight": 3,  # query, key and value
+    "attention.projection.weight": 1,
+    "feed_forward.expansion.weight": 1,
+    "feed_forward.projection.weight": 1,
+}
+
+
+def make_optimizer(
+    gpt: nn.Module,
+    adamw: dict[str, Any],
+    weight_decay: float,
+    muon: dict[str, Any] | None,
+    fused: bool,
+) -> torch.optim.Optimizer:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Vectors (biases, gains of norms) are not decayed: they do not multiply with each other, and
+    drawing them to zero would only take away what the norms set.
 
     Args:
-        shape: "constant", "cosine" or "linear"; the last two end at 0.
+        gpt: the network.
+        adamw: AdamW's learning rate and betas.
+        weight_decay: AdamW's, on embeddings and matrices.
+        muon: Muon's lr, weight_decay, momentum and iterations; None leaves all to AdamW.
+        fused: whether AdamW may use its fused kernel.
+
+    Raises:
+        ValueError: a block has a matrix of which MUON_MATRICES does not say how to take it.
     """
-    progress = min(max(progress, 0.0), 1.0)
-    if shape == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if shape == "linear" else 1.0
+    decayed = [p for p in gpt.parameters() if p.dim() > 1]
+    vectors = dict(params=[p for p in gpt.parameters() if p.dim() <= 1], weight_decay=0.0)
+    if muon is None:
+        groups = [dict(params=decayed, weight_decay=weight_decay), vectors]
+        return torch.optim.AdamW(groups, fused=fused, **adamw)
+    hidden: dict[int, list[Tensor]] = {}  # by the number of matrices in each
+    for block in gpt.blocks:
+        for name, parameter in block.named_parameters():
+            if parameter.dim() > 1:
+                if name not in MUON_MATRICES:
+                    raise ValueError(
+                        f"Muon has no rule for the weight {name} of a block\n"
+                        "add it to MUON_MATRICES in training/optimizers.py, or leave out muon_lr"
+                    )
+                hidden.setdefault(MUON_MATRICES[name], []).append(parameter)
+    taken = {id(p) for matrices in hidden.values() for p in matrices}
+    rest = dict(params=[p for p in decayed if id(p) not in taken], weight_decay=weight_decay)
+    groups = [rest | adamw, vectors | adamw]
+    for parts, matrices in sorted(hidden.items()):
+        groups.append(dict(params=matrices, muon=True, parts=parts, **muon))
+    return MuonAdamW(groups)
+
+
+# ---- the learning rate over a run ----
+
+# Share of the highest learning rate when `progress`, 0 to 1, of the run is over.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+}

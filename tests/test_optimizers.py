@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from chargpt.optim import MuonAdamW, decay, orthogonalise
+from chargpt.training.optimizers import SCHEDULES, MuonAdamW, orthogonalize
 
 
 def draw(*shape, seed=0):
@@ -22,10 +22,10 @@ def give_gradients(params, seed):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16), (3, 24, 8)])
-def test_orthogonalise_keeps_singular_vectors_and_evens_out_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(shape):
     matrix = draw(*shape)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalise(matrix, 5)
+    result = orthogonalize(matrix, 5)
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.7 and values.max() < 1.3
     assert s.max() / s.min() > values.max() / values.min()
@@ -38,12 +38,12 @@ def test_orthogonalise_keeps_singular_vectors_and_evens_out_values(shape):
 def test_more_iterations_come_closer():
     u, _, vh = torch.linalg.svd(draw(24, 24))
     matrix = u @ torch.diag(torch.logspace(0, -2, 24)) @ vh
-    errors = [(torch.linalg.svdvals(orthogonalise(matrix, n)) - 1).abs().max() for n in range(1, 6)]
+    errors = [(torch.linalg.svdvals(orthogonalize(matrix, n)) - 1).abs().max() for n in range(1, 6)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_orthogonalise_of_nothing_is_nothing():
-    assert torch.equal(orthogonalise(torch.zeros(4, 6), 4), torch.zeros(4, 6))
+def test_orthogonalize_of_nothing_is_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(4, 6), 4), torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -66,7 +66,7 @@ def muon_alone(weight, gradients, lr, weight_decay, momentum, iterations, parts)
     for gradient in gradients:
         mean = momentum * mean + (1 - momentum) * gradient
         update = (1 - momentum) * gradient + momentum * mean  # Nesterov
-        pieces = [orthogonalise(piece, iterations) for piece in update.chunk(parts)]
+        pieces = [orthogonalize(piece, iterations) for piece in update.chunk(parts)]
         rows, columns = pieces[0].shape
         weight = weight * (1 - lr * weight_decay)
         weight = weight - lr * max(1, rows / columns) ** 0.5 * torch.cat(pieces)
@@ -121,7 +121,13 @@ def test_parameters_without_gradient_stay():
     assert torch.equal(params[1], begin[1])
 
 
-def test_decay():
-    assert [decay("constant", x) for x in (0, 0.5, 1, 2)] == [1, 1, 1, 1]
-    assert [decay("linear", x) for x in (0, 0.25, 1, 2)] == [1, 0.75, 0, 0]
-    assert [decay("cosine", x) for x in (0, 0.5, 1, 2)] == pytest.approx([1, 0.5, 0, 0])
+def test_schedules():
+    expected = {
+        "constant": {0: 1, 0.5: 1, 1: 1},
+        "linear": {0: 1, 0.25: 0.75, 1: 0},
+        "cosine": {0: 1, 0.5: 0.5, 1: 0},
+    }
+    assert SCHEDULES.keys() == expected.keys()
+    for name, values in expected.items():
+        for progress, factor in values.items():
+            assert SCHEDULES[name](progress) == pytest.approx(factor)

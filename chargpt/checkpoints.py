@@ -1,14 +1,18 @@
-"""Where runs and their checkpoints lie on the disk, and reading one without running code from it.
+"""Checkpoints: where runs keep them, reading one without running code from it, and its network.
 
     lightning_logs/version_3/checkpoints/step=250-val_loss=1.8123.ckpt    the best so far
     lightning_logs/version_3/checkpoints/last.ckpt                        the last step
 """
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from chargpt.model import GPT, GPTConfig
+from chargpt.vocabulary import Vocabulary
 
 LOGS = "lightning_logs"
 BEST_NAME = "step={step}-val_loss={val_loss:.4f}"  # Lightning fills in the metrics
@@ -40,6 +44,20 @@ def newest_run(root: str | Path = ".") -> Path:
         )
     newest = max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.parts))
     return newest.parents[1]
+
+
+def new_run(logs: Path) -> Path:
+    """Make the folder of a new run; two that start together take two."""
+    version = 1 + max(
+        (int(name[8:]) for path in logs.glob("version_*") if (name := path.name)[8:].isdigit()),
+        default=-1,
+    )
+    while True:
+        try:
+            (run := logs / f"version_{version}").mkdir(parents=True)
+            return run
+        except FileExistsError:
+            version += 1
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -98,3 +116,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "chargpt reads the checkpoints that `python -m chargpt fit` writes"
         )
     return checkpoint
+
+
+def config_of(hyper_parameters: dict[str, Any]) -> GPTConfig:
+    """The settings of the network among the hyperparameters of a checkpoint."""
+    known = {field.name for field in fields(GPTConfig)}
+    return GPTConfig(**{name: hyper_parameters[name] for name in known & hyper_parameters.keys()})
+
+
+def network_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocabulary]:
+    """Build the network of a checkpoint that has been read, and its vocabulary.
+
+    Raises:
+        CheckpointError: its weights, settings and vocabulary do not fit each other.
+    """
+    prefix, state = "gpt.", checkpoint["state_dict"]
+    try:
+        weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        config = config_of(checkpoint["hyper_parameters"])
+        check_sizes(config, weights)
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+            gpt = GPT(config, len(vocabulary))
+        gpt.load_state_dict(weights)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit this version of chargpt: {str(error).splitlines()[0]}\n"
+            "take another checkpoint, or train anew"
+        ) from error
+    return gpt, vocabulary
+
+
+def check_sizes(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse settings that ask for more memory than the weights beside them have."""
+    layers = sum(key.endswith("attention.qkv.weight") for key in weights)
+    sizes = {"n_embd": weights["token_embedding.weight"].size(1), "n_layer": layers}
+    if config.position == "learned":
+        sizes["block_size"] = weights["position_embedding.weight"].size(0)
+    if config.trigram_rows:
+        sizes["trigram_rows"] = weights["trigram_embedding.table.weight"].size(0)
+    for name, size in sizes.items():
+        if getattr(config, name) != size:
+            raise ValueError(f"{name} is {getattr(config, name)}, but its weights have {size}")

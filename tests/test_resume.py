@@ -13,9 +13,10 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from chargpt.checkpointing import LastCheckpoint, best_checkpoint_callback
-from chargpt.module import TrainingError
-from chargpt.runs import CheckpointError, read_checkpoint
+from chargpt.training.checkpointing import best_checkpoint_callback
+from chargpt.training.resume import LastCheckpoint
+from chargpt.training.module import TrainingError
+from chargpt.checkpoints import CheckpointError, read_checkpoint
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
 
 

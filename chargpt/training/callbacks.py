@@ -1,8 +1,9 @@
-"""What a run shows while it trains: a summary, the speed, samples of what the model writes."""
+"""Callbacks that show a run: a summary, a progress bar, the throughput, text samples, the score."""
 
 import sys
 import time
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from chargpt.writer import Writer
+from chargpt.text_generator import TextGenerator
 
 LONG_RUN_S = 30 * 60  # a run without a GPU that takes longer is worth a word
 TIMED_STEPS = 3
@@ -36,7 +37,7 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description("training")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.due("training") or trainer.global_step == trainer.max_steps:
+        if self.is_due("training") or trainer.global_step == trainer.max_steps:
             super().on_train_batch_end(trainer, *args)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -44,14 +45,14 @@ class ProgressBar(TQDMProgressBar):
         super().on_validation_start(trainer, module)
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        if self.due("validation"):
+        if self.is_due("validation"):
             super().on_validation_batch_end(*args)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self._train_progress_bar is not None:
+        with suppress(TypeError):  # there is none yet
             self.train_progress_bar.close()  # what is said next begins on a line of its own
 
-    def due(self, bar: str) -> bool:
+    def is_due(self, bar: str) -> bool:
         now = time.monotonic()
         if due := now - self.shown[bar] >= self.pause_s:
             self.shown[bar] = now
@@ -69,26 +70,26 @@ class Summary(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         folder = trainer.log_dir  # all ranks must ask for it together
         if trainer.is_global_zero:
-            self.say(trainer, module, folder)
+            self.print_summary(trainer, module, folder)
 
-    def say(self, trainer: Trainer, module: LightningModule, folder: str | None) -> None:
+    def print_summary(self, trainer: Trainer, module: LightningModule, folder: str | None) -> None:
         data, device = trainer.datamodule, trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        blocks = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        sequences = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         parameters = sum(p.numel() for p in module.gpt.parameters())
         print(
             f"model    {parameters:,} parameters\n"
             f"corpus   {data.corpus.path}: {len(data.corpus.tokens):,} characters, "
             f"{len(data.vocabulary)} different; {len(data.train_tokens):,} to train, "
             f"{len(data.val_tokens):,} to validate\n"
-            f"step     {blocks} blocks of {data.hparams.block_size} characters "
+            f"step     {sequences} sequences of {data.hparams.block_size} characters "
             f"({data.hparams.batch_size} per device x {trainer.world_size} devices"
             f" x {trainer.accumulate_grad_batches} accumulated)\n"
             f"device   {name}, precision {trainer.precision}\n"
             f"run      {folder or 'leaves nothing behind'}"
         )
         if trainer.global_step:
-            print(f"goes on  after step {trainer.global_step}")
+            print(f"resumes  after step {trainer.global_step}")
         if device.type == "cpu" and "bf16" in str(trainer.precision) and (slower := slowdown_of_bf16()) > 2:
             warnings.warn(
                 f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower in bf16 than in "
@@ -136,7 +137,7 @@ class Throughput(Callback):
             self.first_batch, self.batches = batch_idx, 0
             self.start = self.warm = time.perf_counter()
         elif batch_idx == self.first_batch + TIMED_STEPS:
-            self.say_if_long(trainer)
+            self.warn_if_long(trainer)
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0 and self.batches:
             now = time.perf_counter()
@@ -145,7 +146,7 @@ class Throughput(Callback):
             self.start, self.batches = now, 0
 
     @rank_zero_only
-    def say_if_long(self, trainer: Trainer) -> None:
+    def warn_if_long(self, trainer: Trainer) -> None:
         seconds = (time.perf_counter() - self.warm) / TIMED_STEPS * trainer.accumulate_grad_batches
         left = seconds * (trainer.max_steps - trainer.global_step)
         limited = any(isinstance(c, Timer) and c.time_remaining() is not None for c in trainer.callbacks)
@@ -165,8 +166,8 @@ class TextSamples(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.state.fn != "fit" or trainer.sanity_checking or not boards:
             return
-        writer = Writer(module.gpt, module.vocabulary)
-        text = writer.complete(max_new_chars=SAMPLE_CHARS, seed=module.hparams.seed)
+        generator = TextGenerator(module.gpt, module.vocabulary)
+        text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.hparams.seed)
         indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
         for board in boards:
             board.experiment.add_text("sample", indented, trainer.global_step)

@@ -1,0 +1,7 @@
+"""The command line: python -m chargpt COMMAND.
+
+main.py     which command, and errors in plain words
+parsing.py  what all commands share of parsing
+train.py    fit, validate and test: LightningCLI
+predict.py  predict: prompts in, texts out, without Lightning
+"""

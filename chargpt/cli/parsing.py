@@ -1,0 +1,82 @@
+"""What the commands share of parsing: what is wrong with an option, in plain words."""
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from chargpt.cli.main import fail
+
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True,  # a setting's sentence stands below it
+    # What a configuration file may name to be imported: no code comes in with a file of settings.
+    import_path_denylist=["*"],
+    import_path_allowlist=["chargpt", "lightning", "pytorch_lightning", "torch", "torchmetrics"],
+)
+
+UNKNOWN = re.compile(
+    r"unrecognized arguments: (\S+)"
+    r"|Group '(?P<group>.*?)' does not accept option '(?P<name>.*?)'"
+    r"|[Oo]ption '(.*?)' is not accepted"
+)
+
+
+def read_config(name: str) -> str:
+    """The text of a configuration file: YAML settings, without aliases, which can grow endlessly."""
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        is_mapping = isinstance(yaml.safe_load(text), dict)
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+    except FileNotFoundError:
+        fail(f"{name}: there is no such configuration file", status=2)
+    except IsADirectoryError:
+        fail(f"{name}: is a folder, not a configuration file", status=2)
+    except yaml.YAMLError as error:
+        fail(f"{name}: {' '.join(str(error).split())}", status=2)
+    except RecursionError:
+        fail(f"{name}: is nested too deeply", status=2)
+    except UnicodeDecodeError:
+        fail(f"{name}: is not UTF-8 text", status=2)
+    except (OSError, ValueError) as error:  # a null character in the name is a ValueError
+        fail(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", status=2)
+    if aliases or not is_mapping:
+        problem = "has aliases" if aliases else "holds no settings"
+        fail(f"{name}: {problem}; it must hold plain settings, as name: value", status=2)
+    return text
+
+
+def checked(parser: ArgumentParser, parse: Callable[[], Namespace], source: str = "") -> Namespace:
+    """What `parse` gives; where it fails, an error of a line or two that names the source."""
+    try:
+        return parse()
+    except (ArgumentError, TypeError) as error:
+        fail(source + explain(parser, str(error)), status=2)
+
+
+def explain(parser: ArgumentParser, message: str) -> str:
+    """jsonargparse's message in one line; where a name is unknown, with the nearest known one."""
+    if match := UNKNOWN.search(message):
+        typed = ".".join(filter(None, match.groups()))
+        name, hyphens = typed.split("=")[0].lstrip("-"), "--" if typed.startswith("-") else ""
+        if near := nearest(name, list(parser.get_defaults().keys())):
+            return f"there is no option {hyphens}{name}\ndid you mean {hyphens}{near}?"
+        if hyphens:
+            return f"there is no option {typed}\n--help after the command explains all that there are"
+    key, _, alternatives = message.partition("\n  Does not validate against any of the Union")
+    if alternatives:  # what stands first in a union of types is what was meant
+        first = alternatives.partition("Errors:\n    - ")[2].partition("\n    - ")[0]
+        message = f"{key} {first}. Got value: {message.rpartition('Given value: ')[2]}"
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(message.split()))
+
+
+def nearest(wrong: str, names: list[str]) -> str | None:
+    """The nearest name, by its last part too: people type --lr."""
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    group, _, last = wrong.rpartition(".")
+    for known in ({n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group}, by_last):
+        if near := difflib.get_close_matches(last, known, n=1, cutoff=0.7):
+            return known[near[0]]
+    return None

@@ -1,0 +1,354 @@
+"""fit, validate and test: LightningCLI, with settings restored from checkpoints."""
+
+import argparse
+import ctypes
+import logging
+import os
+import shutil
+import sys
+from contextlib import redirect_stdout, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from chargpt import checkpoints
+from chargpt.checkpoints import CheckpointError
+from chargpt.cli.main import COMMANDS, fail
+from chargpt.cli.parsing import checked, read_config
+from chargpt.data import CharDataModule
+from chargpt.model import GPTConfig
+from chargpt.training import GPTModule
+from chargpt.training.callbacks import FinalScore, ProgressBar, Summary, TextSamples, Throughput
+from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
+from chargpt.training.module import TrainingError
+from chargpt.training.resume import LastCheckpoint
+
+SEED = 1337
+
+TRAINER_DEFAULTS = dict(
+    max_steps=5000,
+    val_check_interval=250,
+    check_val_every_n_epoch=None,  # there is one endless epoch: all is counted in steps
+    num_sanity_val_steps=0,
+    use_distributed_sampler=False,  # our batches are sharded already, and without padding
+    enable_model_summary=False,  # our own says more
+)
+
+LINKS = {  # given once, known to all who need it
+    "model.block_size": "data.block_size",
+    "data.seed": "seed_everything",
+    "model.seed": "seed_everything",
+}
+
+
+def run(command: str, args: list[str]) -> None:
+    """Parse the arguments of fit, validate or test and run it; scores go to standard output."""
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        cli = TrainingCLI(command, args)
+        keep_freed_memory()
+        with redirect_stdout(sys.stderr):  # standard output is for results alone
+            cli.run()
+    except SystemExit as stop:  # Lightning's answer to a Ctrl-C that comes before the first step
+        interrupted = isinstance(stop.__context__, KeyboardInterrupt)
+        raise SystemExit(130 if interrupted else stop.code) from None
+    except (TrainingError, MisconfigurationException, torch.OutOfMemoryError) as error:
+        fail(str(error))
+    except RuntimeError as error:
+        if "Connection closed by peer" in str(error):  # gloo's, where another process has failed
+            fail("another process of this run has stopped; its message says why")
+        if "can't allocate memory" not in str(error):
+            raise
+        fail(f"out of memory{str(error).partition('allocate memory')[2]}")
+    if command != "fit":
+        print_scores(cli.trainer)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI for one command: what it parses, and the Trainer that it makes.
+
+    Typed flags win over a checkpoint that is resumed from, that over configuration files, and those
+    over the defaults.
+
+    Args:
+        command: fit, validate or test.
+        args: what is typed after it.
+    """
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        self.checkpoint_path: Path | None = None
+        super().__init__(
+            GPTModule,
+            CharDataModule,
+            run=False,
+            args=args,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=SEED,
+            parser_kwargs={
+                "prog": f"python -m chargpt {command}",
+                "description": COMMANDS[command][1],
+                "exit_on_error": False,
+                "allow_abbrev": False,  # a misspelt flag is an error, not another flag
+            },
+            save_config_kwargs={"overwrite": True},  # resuming stays in the same folder
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # hyperparameters stay plain values
+        )
+
+    # ---- what can be typed ----
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="A checkpoint: a path, or best or last of the newest run. fit resumes from it; "
+            "validate and test take the best unless told otherwise.",
+        )
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of the weights, of the sequences that are read and of dropout.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        split = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        split.add_argument("-c", "--config", action="append", default=[])
+        try:
+            known, typed = split.parse_known_args(args)
+        except argparse.ArgumentError:
+            fail("--config needs the name of a file", status=2)
+        for name in known.config:
+            self.check(name)
+        self.config = self.parse(known.config, typed)
+        if self.command != "fit" or self.config.ckpt_path is not None:
+            self.restore(known.config, typed)
+        check_trainer(self.config.trainer)
+        if self.command == "fit":
+            check_end(self.config)
+
+    def parse(self, configs: list[str], typed: list[str]) -> Any:
+        args = [*(f"--config={config}" for config in configs), *typed]
+        return checked(self.parser, lambda: self.parser.parse_args(args))
+
+    def check(self, name: str) -> None:
+        """Parse a configuration file alone, so that an error can name where it comes from."""
+        text = read_config(name)
+        given = yaml.safe_load(text)
+        for group in ("trainer", "model", "data"):
+            if not isinstance(given.get(group, {}), dict):
+                fail(f"{name}: {group} is {given[group]}; it must hold settings, as name: value", 2)
+        for target, source in LINKS.items():
+            group, _, setting = target.partition(".")
+            if isinstance(given.get(group), dict) and setting in given[group]:
+                fail(f"{name}: {target} cannot be set: it follows {source}", status=2)
+        checked(self.parser, lambda: self.parser.parse_string(text), f"{name}: ")
+
+    # ---- settings of the checkpoint that is resumed from or looked at ----
+
+    def restore(self, configs: list[str], typed: list[str]) -> None:
+        """Parse again, with the settings of the checkpoint between files and typed flags."""
+        root = self.config.trainer.default_root_dir or "."
+        path = self.checkpoint_path = checkpoints.resolve_checkpoint(self.config.ckpt_path, root)
+        checkpoint = checkpoints.read_checkpoint(path)
+        checkpoints.network_of(checkpoint, path)  # says what is wrong with it, if anything
+        settings = yaml.safe_dump(settings_of(checkpoint))
+        checked(self.parser, lambda: self.parser.parse_string(settings), f"{path}: ")
+        if self.command == "fit" and not configs:
+            configs = settings_of_run(path)
+        self.config = self.parse([*configs, settings], typed)
+        self.config.ckpt_path = str(path)
+        refuse_another_network(self.config, checkpoint["hyper_parameters"])
+        if self.command == "fit":
+            check_resumable(checkpoint, path, self.config.trainer.max_steps)
+
+    # ---- what is made of it ----
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init.trainer
+        keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
+        self.new_run: Path | None = None
+        if self.command != "fit":  # looks at a run and leaves nothing behind
+            kwargs["logger"] = False
+        elif keeps and config.logger in (None, True):
+            kwargs["logger"] = self.run_logger(Path(config.default_root_dir or os.getcwd()))
+        if kwargs.get("logger", config.logger) is False:
+            self.save_config_callback = None
+        self.config.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
+        plugins = config.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        saves = keeps and config.enable_checkpointing is not False
+        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": self.callbacks(config, saves)}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            self.discard_new_run()
+            if isinstance(error, (TypeError, ImportError)):  # Lightning's words for what cannot be
+                raise ValueError(str(error)) from error
+            raise
+
+    def callbacks(self, config: Any, saves: bool) -> list[Callback]:
+        """Ours, beside those of the configuration."""
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        ours = [Summary(), Throughput(), TextSamples()] if self.command == "fit" else []
+        bar = config.enable_progress_bar is not False and not config.barebones
+        if bar and not any(isinstance(callback, AnyProgressBar) for callback in given):
+            ours.append(ProgressBar())
+        if saves:
+            best = best_checkpoint_callback()
+            ours += [best, LastCheckpoint(best), FinalScore(best)]
+        return ours
+
+    def run_logger(self, root: Path) -> TensorBoardLogger:
+        """A new version_N, or, resuming, the folder of the run itself: one folder, one curve."""
+        logs, version = root / checkpoints.LOGS, None
+        if self.checkpoint_path:
+            run = self.checkpoint_path.absolute().parents[1]
+            version = run.name if run.parent == logs.absolute() else None
+        if version is None and rank_zero_only.rank == 0:
+            self.new_run = checkpoints.new_run(logs)
+            version = self.new_run.name
+        return TensorBoardLogger(
+            root, name=checkpoints.LOGS, version=version, default_hp_metric=False
+        )
+
+    # ---- what is run ----
+
+    def run(self) -> None:
+        """Run the command."""
+        if self.command != "fit":
+            say(f"checkpoint {self.checkpoint_path}")
+        method = getattr(self.trainer, self.command)
+        verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
+        try:
+            method(
+                self.model,
+                datamodule=self.datamodule,
+                ckpt_path=self.checkpoint_path,
+                weights_only=True,  # no code from a checkpoint is run
+                **verbose,
+            )
+        except BaseException:
+            if self.trainer.global_step == 0:
+                self.discard_new_run()
+            raise
+
+    def discard_new_run(self) -> None:
+        """Remove the folder of a run of which nothing came."""
+        if self.new_run and not any(self.new_run.glob("checkpoints/*")):
+            shutil.rmtree(self.new_run, ignore_errors=True)
+            with suppress(OSError):  # the folder of all runs, unless it holds others
+                self.new_run.parent.rmdir()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step, instead of giving it back to the kernel.
+
+    On a processor that saves thousands of page faults a step, a tenth of its time; the most
+    memory in use stays what it is.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        pass  # another system, or another C library
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@rank_zero_only
+def print_scores(trainer: Trainer) -> None:
+    for name, value in trainer.callback_metrics.items():
+        print(name, value.item())
+
+
+def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about the model, the data and the seed, as a configuration."""
+    linked = {target: source for target, source in LINKS.items()}
+    groups = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    derived = {"corpus_name", "corpus_digest", "_instantiator"}
+    settings: dict[str, Any] = {
+        group: {
+            name: value
+            for name, value in checkpoint[key].items()
+            if f"{group}.{name}" not in linked and name not in derived
+        }
+        for group, key in groups.items()
+    }
+    settings["seed_everything"] = checkpoint["hyper_parameters"].get("seed", SEED)
+    return settings
+
+
+def settings_of_run(checkpoint: Path) -> list[str]:
+    """The configuration beside a checkpoint, where there is one."""
+    config = checkpoint.absolute().parents[1] / "config.yaml"
+    return [str(config)] if config.is_file() else []
+
+
+def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
+    """The weights of a checkpoint fit one network; what else was typed takes effect."""
+    names = {field.name for field in fields(GPTConfig)} & saved.keys()
+    names -= {"dropout", "attention_dropout"}
+    if config.model.position == "rotary":  # no weight depends on the length then
+        names -= {"block_size"}
+    for name in sorted(names):
+        given = config.data.block_size if name == "block_size" else config.model[name]
+        if given != saved[name]:
+            raise CheckpointError(
+                f"{name} is {saved[name]} in the checkpoint, whose weights fit no other; "
+                f"it cannot become {given}\ntrain anew to change it"
+            )
+
+
+def check_resumable(checkpoint: dict[str, Any], path: Path, max_steps: int) -> None:
+    step = checkpoint["global_step"]
+    if not {"optimizer_states", "loops"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} holds weights alone; training cannot resume from it")
+    if 0 < max_steps <= step:
+        say(
+            f"nothing to do: the checkpoint is of step {step}, trainer.max_steps is {max_steps}\n"
+            "give a larger --trainer.max_steps to train on"
+        )
+        raise SystemExit(0)
+
+
+def check_trainer(config: Any) -> None:
+    """What Lightning would divide by, or do nothing with."""
+    for name in ("max_steps", "val_check_interval", "accumulate_grad_batches"):
+        value = config[name]
+        endless = name == "max_steps" and value == -1
+        if isinstance(value, (int, float)) and value < 1 and not endless:  # a time is text
+            raise ValueError(f"trainer.{name} is {value}; it must be at least 1")
+
+
+def check_end(config: Any) -> None:
+    """What comes down or grows over a run needs a run that ends."""
+    endless = config.trainer.max_steps in (-1, None) and config.trainer.max_time is None
+    if endless and (config.model.schedule != "constant" or config.model.short_contexts):
+        raise ValueError(
+            "trainer.max_steps is -1 and there is no trainer.max_time: "
+            "schedule and short_contexts need an end\n"
+            "give --trainer.max_steps N or "
+            "--trainer.max_time 00:01:00:00 (days:hours:minutes:seconds)"
+        )

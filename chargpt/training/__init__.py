@@ -1,0 +1,12 @@
+"""Training with Lightning.
+
+module.py         one training step, one validation step, and their settings
+optimizers.py     Muon and AdamW, and the learning rate over a run
+checkpointing.py  checkpoints that are whole or absent: the best one, the last one
+resume.py         stopping on a signal, and where a run resumes
+callbacks.py      what a run shows
+"""
+
+from chargpt.training.module import GPTModule, TrainingConfig
+
+__all__ = ["GPTModule", "TrainingConfig"]

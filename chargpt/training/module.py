@@ -1,0 +1,304 @@
+"""GPTModule: one training step, one validation step, the optimizer; and their settings."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from chargpt.checkpoints import CheckpointError, config_of
+from chargpt.model import GPT, GPTConfig
+from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
+from chargpt.vocabulary import Vocabulary
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(GPTConfig):
+    """The settings of a GPTModule: those of its network, and how it is trained."""
+
+    lr: float = 3e-4
+    """Highest learning rate of AdamW."""
+    beta1: float = 0.9
+    """AdamW's decay of the running mean of gradients."""
+    beta2: float = 0.999
+    """AdamW's decay of the running mean of squared gradients."""
+    weight_decay: float = 0.01
+    """AdamW's, on embeddings and matrices only."""
+    muon_lr: float | None = None
+    """Highest learning rate of Muon, which then moves the matrices of the blocks; null leaves
+    everything to AdamW."""
+    muon_weight_decay: float = 0.0
+    """Muon's weight decay."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the running mean of gradients."""
+    muon_iterations: int = 4
+    """Newton-Schulz iterations of each Muon step, 1 to 5."""
+    warmup_steps: int = 0
+    """Learning rate warm-up: steps over which it rises from zero."""
+    schedule: Literal[tuple(SCHEDULES)] = "constant"  # type: ignore[valid-type]
+    """Learning rate schedule: constant, or cosine or linear down to min_lr_ratio as trainer.max_steps
+    or trainer.max_time runs out, whichever is nearer."""
+    min_lr_ratio: float = 0.0
+    """Where the schedule ends, as a share of the highest learning rate."""
+    short_contexts: dict[int, float] | None = None
+    """Sequence length warm-up: lengths of context and the share of the run until which each is used.
+    With {64: 0.4, 128: 0.75} sequences are cut into pieces of 64 characters at first, then of 128;
+    afterwards they are whole."""
+    compile: bool = False
+    """Compile the network with torch.compile; pays off on a GPU after a minute."""
+    seed: int = 1337
+    """Of the weights and of dropout; the command line fills in seed_everything."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr", "muon_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}; it must be positive")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
+                )
+        for name in ("warmup_steps", "weight_decay", "muon_weight_decay", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 1 <= self.muon_iterations <= len(POLAR_EXPRESS):
+            raise ValueError(
+                f"muon_iterations is {self.muon_iterations}; it must be 1 to {len(POLAR_EXPRESS)}"
+            )
+        for length, until in (self.short_contexts or {}).items():
+            if length < 1 or self.block_size % length:
+                raise ValueError(
+                    f"short_contexts: {length} does not divide block_size {self.block_size}"
+                )
+            if not 0 < until <= 1:
+                raise ValueError(
+                    f"short_contexts: {until} is no share of the run; it must lie between 0 and 1"
+                )
+
+    def context_at(self, progress: float) -> int:
+        """Characters of context when `progress`, 0 to 1, of the run is over."""
+        for length, until in sorted((self.short_contexts or {}).items()):
+            if progress < until:
+                return length
+        return self.block_size
+
+    def lr_factor_at(self, step: int, progress: float) -> float:
+        """Share of the highest learning rate: a function of the progress, not a state."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay = SCHEDULES[self.schedule](progress)
+        return warmup * (self.min_lr_ratio + (1 - self.min_lr_ratio) * decay)
+
+
+class GPTModule(LightningModule):
+    """A GPT that learns to predict the next character.
+
+    Args:
+        settings: the fields of `TrainingConfig`.
+
+    Raises:
+        ValueError: a setting that cannot be; the message names it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.config = TrainingConfig(**settings)
+        self.save_hyperparameters(asdict(self.config))
+        self.gpt: GPT | None = None  # made when the vocabulary is known
+        self.vocabulary: Vocabulary | None = None
+        # NaN counts: a loss that is no number must not vanish from the mean.
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)
+        self.progress = 0.0  # share of the run that is over
+
+    # ---- the network ----
+
+    def build(self, vocabulary: Vocabulary) -> None:
+        """Make the network for this vocabulary; its first weights depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.gpt = GPT(config_of(self.hparams), len(vocabulary))
+        self.vocabulary = vocabulary
+        if self.config.compile:
+            self.gpt.compile()  # in place: the names of the weights stay as they are
+
+    def configure_model(self) -> None:
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # load_from_checkpoint has none, and on_load_checkpoint builds
+            return
+        if self.gpt is None:
+            self.build(trainer.datamodule.vocabulary)
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type != "mps":  # which has no float64
+            self.mean_loss.set_dtype(torch.float64)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Asked on all ranks, so that all stop; what was saved before is left alone.
+        if not all(p.isfinite().all() for p in self.gpt.parameters()):
+            raise diverged("a weight", math.nan, self.global_step)
+        checkpoint["vocabulary"] = self.vocabulary.characters
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        if self.gpt is None:  # load_from_checkpoint, outside of a Trainer
+            self.build(vocabulary)
+        elif vocabulary != self.vocabulary:
+            raise CheckpointError(vocabulary_difference(vocabulary, self.vocabulary))
+
+    # ---- learning ----
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy: the mean loss in nats per character, of ids and targets (B, T)."""
+        logits = self.gpt(ids)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self.progress = progress_of(self.trainer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        batch = batch.long()  # (B, T + 1), narrow integers until here
+        context = self.config.context_at(self.progress)
+        # A sequence of T characters is T / context sequences of fewer.
+        ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
+        if self.config.dropout or self.config.attention_dropout:
+            self.seed_dropout(batch_idx)
+        loss = self.loss(ids, targets)
+        every = self.trainer.log_every_n_steps  # 0 in a barebones trainer: nothing is logged
+        if every and (self.global_step + 1) % every == 0:
+            self.log_progress(loss.detach(), context)
+        return loss
+
+    def seed_dropout(self, micro_batch: int) -> None:
+        """Make the masks a function of (seed, micro-batch, rank): resuming needs no saved state."""
+        sequence = np.random.SeedSequence((self.config.seed, micro_batch, self.global_rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def log_progress(self, loss: Tensor, context: int) -> None:
+        # The mean of all ranks, which then stop together; reduced in place, so a copy.
+        loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        if not math.isfinite(loss.item()):
+            raise diverged("training loss", loss.item(), self.global_step + 1)
+        self.log("train_loss", loss, prog_bar=True)
+        self.log("lr", self.config.lr * self.lr_factor)
+        if self.config.short_contexts:
+            self.log("context", float(context))
+
+    def on_validation_epoch_start(self) -> None:
+        self.mean_loss.reset()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if len(batch) == 0:  # a rank for which no sequence was left
+            return
+        batch = batch.long()
+        ids, targets = batch[:, :-1], batch[:, 1:]
+        self.mean_loss.update(self.loss(ids, targets), targets.numel())
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_means("test")
+
+    def log_means(self, split: str) -> None:
+        """Log the mean loss over all characters of a split, in nats and in bits (bpc)."""
+        loss = self.mean_loss.compute()  # of all ranks together
+        if not torch.isfinite(loss):
+            raise diverged(f"{split}_loss", loss.item(), self.global_step)
+        self.log(f"{split}_loss", loss, prog_bar=True)
+        self.log(f"{split}_bpc", loss / math.log(2))
+
+    # ---- the optimizer and its learning rate ----
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        c = self.config
+        muon = dict(
+            lr=c.muon_lr,
+            weight_decay=c.muon_weight_decay,
+            momentum=c.muon_momentum,
+            iterations=c.muon_iterations,
+        )
+        adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2))
+        optimizer = make_optimizer(
+            self.gpt, adamw, c.weight_decay, muon if c.muon_lr is not None else None, self.may_fuse()
+        )
+        self.keep_settings(optimizer)
+        return optimizer
+
+    def may_fuse(self) -> bool:
+        """Lightning clips gradients of mixed precision only with an optimizer that is not fused."""
+        clips_mixed = self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision)
+        return self.device.type in ("cpu", "cuda") and not clips_mixed
+
+    def keep_settings(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a checkpoint restore the optimizer's state, but not the settings it ran with.
+
+        They are hyperparameters: the checkpoint's own, unless the user has typed others.
+        """
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.peak_lrs = [group["lr"] for group in settings]
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            for group, own in zip(optimizer.param_groups, settings):
+                group.update(own)
+
+        optimizer.register_load_state_dict_post_hook(restore)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        factor = self.lr_factor
+        for group, peak in zip(optimizer.param_groups, self.peak_lrs):
+            group["lr"] = peak * factor
+
+    @property
+    def lr_factor(self) -> float:
+        """Share of the highest learning rate at this step."""
+        return self.config.lr_factor_at(self.global_step, self.progress)
+
+
+def progress_of(trainer: Trainer) -> float:
+    """Share of a run that is over, by steps or by time, whichever is further; 0 to 1."""
+    share = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    for timer in trainer.callbacks:
+        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
+            elapsed = timer.time_elapsed()
+            share = max(share, elapsed / (elapsed + max(left, 0.0)))
+            if trainer.world_size > 1:  # clocks differ, and all ranks must do the same
+                share = trainer.strategy.broadcast(share)
+    return min(share, 1.0)
+
+
+def diverged(what: str, value: float, step: int) -> TrainingError:
+    return TrainingError(
+        f"{what} is {value} at step {step}: training has diverged and stops\n"
+        "earlier checkpoints are kept; try a lower --model.lr, a warm-up, "
+        "or --trainer.gradient_clip_val 1"
+    )
+
+
+def vocabulary_difference(trained: Vocabulary, offered: Vocabulary) -> str:
+    missing = sorted(set(trained.characters) - set(offered.characters))
+    new = sorted(set(offered.characters) - set(trained.characters))
+    parts = [
+        f"{len(chars)} {kind} ({', '.join(map(repr, chars[:5]))}{', ...' if chars[5:] else ''})"
+        for kind, chars in (("new", new), ("missing", missing))
+        if chars
+    ]
+    return (
+        f"the checkpoint's {len(trained)} characters are not those of this text: "
+        f"{' and '.join(parts)}\n"
+        "go on with the text it was trained on, or train anew"
+    )

@@ -1,0 +1,175 @@
+"""Resume: stopping on a signal with a checkpoint, and where a run resumes from one.
+
+Everything that decides where a run goes on stands in this file. The rest is a function of the step:
+which sequences are read (`data/blocks.py`), dropout and the learning rate (`module.py`).
+"""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from chargpt.checkpoints import LAST_NAME
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGREEMENT_S = 1.0  # ranks ask each other about this often whether to stop
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves `last.ckpt` before each validation, at the end, and when a signal asks to stop.
+
+    Ctrl-C and SIGTERM only set a flag: a run stops between two steps or two batches of a validation,
+    all ranks at the same one, which leaves nothing half done. The process ends with status 130 or
+    143, as a scheduler expects.
+
+    Args:
+        best: keeps the best checkpoint, and has found a folder for it; ours lies beside.
+    """
+
+    def __init__(self, best: ModelCheckpoint) -> None:
+        self.best = best
+        self.received = 0
+        self.received_at = 0.0
+        self.saved_step = -1
+        self.validated_step = 0  # the last one after which the whole split was scored
+        self.batches = self.agreed_batches = self.next_agreement = 0
+        self.agreed_at = 0.0
+
+    # ---- what a checkpoint of ours holds beside Lightning's, and what resuming makes of it ----
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["validated_step"] = self.validated_step
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        restart_after_last_step(checkpoint, trainer)
+        self.validated_step = checkpoint["validated_step"]
+
+    # ---- stopping ----
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # Lightning puts the handlers back that were there before. It keeps a SIGTERM in mind that
+        # came while the run was being set up.
+        self.received = signal.SIGTERM if trainer.received_sigterm else 0
+        self.agreed_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        # Asked again, we stop at once; but torchrun hands on a Ctrl-C that we have already seen.
+        if self.received and signum == signal.SIGINT and now - self.received_at > 1:
+            raise KeyboardInterrupt
+        self.received, self.received_at = signum, now
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # lets Lightning validate the final step as well
+        self.batches += 1
+        if trainer.world_size == 1 or self.batches >= self.next_agreement:
+            self.stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.save(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        # Nothing is saved in here, where weight averaging has its averages in the network's place.
+        # Ranks have different numbers of batches, so that several cannot agree to stop.
+        if self.received and trainer.world_size == 1:
+            self.stop(trainer, self.received)
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.validated_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            # Its score is not in what was saved before; a killed run scores this step again.
+            self.saved_step = -1
+            self.stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # The end of the run. In on_train_end weight averaging has already replaced the weights.
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
+
+    def stop_if_asked(self, trainer: Trainer) -> None:
+        signum = self.received
+        if trainer.world_size > 1:  # each rank hears of it at a moment of its own
+            signum = self.agree(trainer)
+        if signum:
+            if self.saved_step != trainer.global_step:
+                self.save(trainer)
+            self.stop(trainer, signum)
+
+    def agree(self, trainer: Trainer) -> int:
+        """The signal that any rank has received. All ranks ask again after as many batches."""
+        now = time.monotonic()
+        batch_s = (now - self.agreed_at) / max(1, self.batches - self.agreed_batches)
+        state = torch.tensor([self.received, batch_s], device=trainer.strategy.root_device)
+        signum, batch_s = trainer.strategy.reduce(state, reduce_op="max").tolist()
+        self.agreed_at, self.agreed_batches = now, self.batches
+        self.next_agreement = self.batches + max(1, int(AGREEMENT_S / max(batch_s, 1e-3)))
+        return int(signum)
+
+    def stop(self, trainer: Trainer, signum: int) -> NoReturn:
+        if trainer.is_global_zero:
+            print(
+                f"\nstopped after step {trainer.global_step}; saved {self.path}\n"
+                "go on with the same command and --ckpt_path last"
+            )
+        raise SystemExit(128 + signum)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self.saved_step = trainer.global_step
+
+    @property
+    def path(self) -> Path:
+        return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")
+
+
+def restart_after_last_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Set Lightning's counters in a checkpoint to where the last optimizer step ended.
+
+    It may stem from the middle of an accumulation, whose gradients it does not hold, from before
+    or within a validation, or from the end of a run that now gets more steps. In every case
+    training resumes with the micro-batch after the last step, in the one endless epoch; before it
+    comes the validation of that step, where one is due and has not been done.
+
+    These counters and what they mean are not documented; lightning/pytorch/loops/progress.py,
+    fit_loop.py and training_epoch_loop.py of 2.6 are where they are read.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    step = checkpoint["global_step"]
+    batches = step * trainer.accumulate_grad_batches
+    interval = trainer.val_check_interval
+    due = trainer.enable_validation and isinstance(interval, int) and batches % interval == 0
+    pending = due and checkpoint["validated_step"] != step
+
+    # The epoch has begun and is not done.
+    loops["epoch_progress"].update(total=counts(1, done=0), current=counts(1, done=0))
+    # The micro-batches read so far; the loader begins after them by itself.
+    loops["epoch_loop.batch_progress"].update(
+        total=counts(batches), current=counts(batches), is_last_batch=False
+    )
+    # One started and none done is how Lightning knows a validation that was interrupted.
+    loops["epoch_loop.val_loop.batch_progress"].update(
+        total=counts(1, done=0) if pending else counts(0), current=counts(0), is_last_batch=False
+    )
+    # The logger's step. Where a validation is due Lightning counts on after it, done or skipped.
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - due
+
+
+def counts(started: int, done: int | None = None) -> dict[str, int]:
+    done = started if done is None else done
+    return dict(ready=started, started=started, processed=done, completed=done)
