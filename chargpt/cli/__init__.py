@@ -4,4 +4,5 @@ main.py     which command, and errors in plain words
 parsing.py  what all commands share of parsing
 train.py    fit, validate and test: LightningCLI
 predict.py  predict: prompts in, texts out, without Lightning
+export.py   export: a page that writes, a folder for Hugging Face
 """

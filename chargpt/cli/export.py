@@ -1,0 +1,51 @@
+"""export: a checkpoint becomes a page that writes, or a folder for Hugging Face transformers."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
+from chargpt.cli.parsing import checked
+from chargpt.text_generator import TextGenerator
+
+FORMATS = {"page": "chargpt.export.page", "huggingface": "chargpt.export.huggingface"}
+
+
+def run(command: str, args: list[str]) -> None:
+    """Parse the arguments of `export` and call the `export` function of the format's module."""
+    parser = ArgumentParser(
+        prog="python -m chargpt export",
+        description="Turn a checkpoint into something that other programs run.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--to",
+        type=Literal[tuple(FORMATS)],  # type: ignore[valid-type]
+        required=True,
+        help="page: one HTML file that writes in any browser; huggingface: a folder for transformers.",
+    )
+    parser.add_argument("--output", type=str, required=True, help="The file or folder to write.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str,
+        default="best",
+        help="A checkpoint: a path, or best or last of the newest run under ./lightning_logs.",
+    )
+    parser.add_argument(
+        "--export.dtype",
+        type=Literal["float16", "float32"],
+        default="float16",
+        help="Of a page's weights; float32 is exact, and twice as large.",
+    )
+    config = checked(parser, lambda: parser.parse_args(args))
+    path = resolve_checkpoint(config.ckpt_path)
+    print(f"checkpoint {path}", file=sys.stderr)
+    checkpoint = read_checkpoint(path)
+    generator = TextGenerator(*network_of(checkpoint, path)).eval()
+    module = import_module(FORMATS[config.to])
+    module.export(generator, checkpoint, Path(config.output).expanduser(), config.export.dtype)
+    print(f"wrote {config.output}", file=sys.stderr)
