@@ -62,14 +62,18 @@ class TrainingBatches(IterableDataset):
         places = len(self.tokens) - self.block_size
         size = self.world_size * self.batch_size
         random = np.random.default_rng((self.seed, k))
-        return random.choice(places, size, replace=size > places)  # twice the same only if it must be
+        return random.choice(
+            places, size, replace=size > places
+        )  # twice the same only if it must be
 
     def __getitem__(self, k: int) -> Tensor:
         ours = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return read_blocks(self.tokens, self.starts(k)[ours], self.block_size + 1)
 
     def __iter__(self) -> Iterator[Tensor]:
-        worker = get_worker_info()  # the loader takes from its workers in turn, which keeps the order
+        worker = (
+            get_worker_info()
+        )  # the loader takes from its workers in turn, which keeps the order
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         return (self[k] for k in itertools.count(self.first + offset, stride))
 
@@ -83,7 +87,12 @@ class EvaluationBatches(IterableDataset):
     """
 
     def __init__(
-        self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.tokens = tokens
         self.block_size = block_size
@@ -155,7 +164,9 @@ class CharDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Find, download and encode the text: Lightning calls this on one process of a machine."""
-        self.corpus = open_corpus(self.hparams.corpus, self.hparams.data_dir, self.hparams.fallback_corpus)
+        self.corpus = open_corpus(
+            self.hparams.corpus, self.hparams.data_dir, self.hparams.fallback_corpus
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Open the encoded text and check that its splits are long enough."""
@@ -163,7 +174,9 @@ class CharDataModule(LightningDataModule):
             self.prepare_data()
         if self.trainer is not None:
             self.agree()
-        self.save_hyperparameters({"corpus": str(self.corpus.path), "corpus_name": self.corpus.name})
+        self.save_hyperparameters(
+            {"corpus": str(self.corpus.path), "corpus_name": self.corpus.name}
+        )
         self.train_tokens, self.val_tokens, self.test_tokens = self.split()
 
     def agree(self) -> None:
@@ -173,7 +186,9 @@ class CharDataModule(LightningDataModule):
         if ours != (name, digest):
             self.corpus = open_corpus(name, self.hparams.data_dir)
         if self.corpus.digest != digest:
-            raise CorpusError(f"{self.corpus.path} is not the same text on every machine\ncopy it anew")
+            raise CorpusError(
+                f"{self.corpus.path} is not the same text on every machine\ncopy it anew"
+            )
 
     def split(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens, hparams = self.corpus.tokens, self.hparams
@@ -191,7 +206,7 @@ class CharDataModule(LightningDataModule):
                 f"{self.corpus.path} leaves {len(val)} characters to validate on; at least 2 are needed\n"
                 "take a longer text or a larger --data.val_fraction"
             )
-        if 0 < hparams.test_fraction and len(test) < 2:
+        if hparams.test_fraction > 0 and len(test) < 2:
             raise CorpusError(
                 f"{self.corpus.path} leaves {len(test)} characters to test on; at least 2 are needed\n"
                 "take a longer text or a larger --data.test_fraction"

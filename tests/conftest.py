@@ -22,7 +22,25 @@ from chargpt.training import callbacks
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
-WORDS = "the a king queen speaks walks sings to of and but never always crown sword garden night".split()
+WORDS = [
+    "the",
+    "a",
+    "king",
+    "queen",
+    "speaks",
+    "walks",
+    "sings",
+    "to",
+    "of",
+    "and",
+    "but",
+    "never",
+    "always",
+    "crown",
+    "sword",
+    "garden",
+    "night",
+]
 
 TINY = """\
 seed_everything: 7
@@ -75,7 +93,11 @@ def command() -> Callable[..., Result]:
         before, out, err, status = os.getcwd(), io.StringIO(), io.StringIO(), 0
         os.chdir(folder)
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("default")  # says each again
                 try:
                     main(list(args))

@@ -285,9 +285,7 @@ def test_the_cache_takes_the_place_of_a_data_dir_that_cant_be_written(tmp_path, 
     assert open_corpus("python-reference", data_dir).path.is_relative_to(cache)
 
 
-def test_tokens_of_a_named_text_in_a_read_only_folder_go_to_the_cache(
-    data_dir, cache, monkeypatch
-):
+def test_tokens_of_a_named_text_in_a_read_only_folder_go_to_the_cache(data_dir, cache, monkeypatch):
     write(data_dir / "mine/input.txt", "some text")
     real = room.whole_file
 
@@ -337,9 +335,7 @@ def test_no_place_that_can_be_written(tmp_path, data_dir, cache, monkeypatch, co
         (b"\x7fELF\x02\x01\0\0\xd0\0", "0xd0", 8),
     ],
 )
-def test_invalid_utf8_is_located(
-    tmp_path, data_dir, monkeypatch, data, byte, offset, piece_bytes
-):
+def test_invalid_utf8_is_located(tmp_path, data_dir, monkeypatch, data, byte, offset, piece_bytes):
     monkeypatch.setattr(room, "PIECE_BYTES", piece_bytes)
     write(tmp_path / "books/a.txt", "a good file")
     path = write(tmp_path / "books/b.txt", data)
@@ -459,9 +455,7 @@ def home(monkeypatch):
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(room, "TINY_SHAKESPEARE_BYTES", len(SHAKESPEARE))
-    monkeypatch.setattr(
-        room, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(SHAKESPEARE).hexdigest()
-    )
+    monkeypatch.setattr(room, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(SHAKESPEARE).hexdigest())
     monkeypatch.setattr(room, "TIMEOUT_S", 0.2)
     yield set_fault
     server.shutdown()

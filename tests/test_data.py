@@ -7,17 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_data, write_text
 
 from chargpt.corpus import CorpusError
 from chargpt.data import CharDataModule, EvaluationBatches, TrainingBatches
-from tiny import make_data, write_text
 
 TOKENS = np.arange(60_000, dtype=np.uint16)  # each id says where it stands
 sizes = st.integers(1, 12)
 
 
 @settings(max_examples=150, deadline=None)
-@given(characters=st.integers(2, 300), block_size=sizes, batch_size=sizes, world_size=st.integers(1, 5))
+@given(
+    characters=st.integers(2, 300), block_size=sizes, batch_size=sizes, world_size=st.integers(1, 5)
+)
 def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     characters, block_size, batch_size, world_size
 ):
@@ -47,7 +49,10 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
     """One device with the whole batch reads what several read together; no block twice in a batch."""
     tokens = TOKENS[:500]
     alone = TrainingBatches(tokens, block_size, batch_size * world_size, seed)[k]
-    ranks = [TrainingBatches(tokens, block_size, batch_size, seed, r, world_size)[k] for r in range(world_size)]
+    ranks = [
+        TrainingBatches(tokens, block_size, batch_size, seed, r, world_size)[k]
+        for r in range(world_size)
+    ]
     assert torch.equal(torch.cat(ranks), alone)
     assert alone.dtype == torch.uint16
     starts = alone[:, 0].tolist()
@@ -63,7 +68,10 @@ def test_every_place_of_the_split_can_be_read():
 
 
 def test_a_split_of_one_block_fills_a_batch():
-    assert TrainingBatches(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert (
+        TrainingBatches(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
+        == [[0, 1, 2, 3, 4]] * 3
+    )
 
 
 def test_batches_differ_between_steps_and_seeds_and_go_on_anywhere():
@@ -84,7 +92,9 @@ def test_workers_change_nothing(tmp_path, num_workers):
     for k, batch in zip(range(5), data.train_dataloader()):
         assert torch.equal(batch, expected[k])
     targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
-    assert torch.equal(targets.sort().values, torch.from_numpy(data.val_tokens[1:].copy()).sort().values)
+    assert torch.equal(
+        targets.sort().values, torch.from_numpy(data.val_tokens[1:].copy()).sort().values
+    )
 
 
 def test_splits(tmp_path):

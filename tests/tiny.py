@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
-from chargpt.training.resume import LastCheckpoint
 from chargpt.cli.train import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
+from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
 from chargpt.training.module import GPTModule
+from chargpt.training.resume import LastCheckpoint
 
 MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 
@@ -18,7 +18,9 @@ MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
     path = folder / "text.txt"
     if not path.exists():  # written anew it would be encoded anew
-        path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
+        path.write_text(
+            alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet)))
+        )
     return path
 
 
@@ -35,7 +37,9 @@ def make_module(**settings) -> GPTModule:
 
 def make_trainer(folder: Path, *callbacks, **settings) -> Trainer:
     best = best_checkpoint_callback()
-    defaults = dict(max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False)
+    defaults = dict(
+        max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False
+    )
     return Trainer(
         **TRAINER_DEFAULTS | defaults | settings,
         default_root_dir=folder,

@@ -94,9 +94,10 @@ def measure(folder: Path) -> None:
 
 def train(folder: Path) -> None:
     """Steps of configs/cpu.yaml's network on the large text against those on the small one, in turns."""
+    from overhead import PlainLoop
+
     from chargpt.data import CharDataModule
     from chargpt.training.module import GPTModule
-    from overhead import PlainLoop
 
     settings = yaml.safe_load(CONFIG.read_text())
     loops, times = {}, {"large": [], "small": []}
@@ -111,7 +112,10 @@ def train(folder: Path) -> None:
             loops[name].step()
             times[name].append(time.perf_counter() - start)
     large, small = (statistics.median(seconds[10:]) for seconds in times.values())
-    print(f"a training step: {large * 1e3:.1f} ms on the large text, {small * 1e3:.1f} ms on the small one: ", end="")
+    print(
+        f"a training step: {large * 1e3:.1f} ms on the large text, {small * 1e3:.1f} ms on the small one: ",
+        end="",
+    )
     print(f"{small / large:.3f} of its steps per second")
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from chargpt.generation import Sampling, generate
-from chargpt.model import GPT
+from chargpt.model import GPT, GPTConfig
 
 CHARACTERS = "".join(map(chr, range(32, 97)))  # as many as tiny Shakespeare has
 REPOSITORY = Path(__file__).parents[2]
@@ -133,7 +133,9 @@ def against_the_floor(gpts: list[GPT], chars: int) -> None:
     written, floor = [], []
     for _ in range(max(chars // passes, 1)):
         written += [seconds(lambda: next(text)) for text in texts * passes]
-        floor += [seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes]
+        floor += [
+            seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes
+        ]
     print(f"against the floor, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:")
     for name, figure in (("median", statistics.median), ("best", min)):
         character, products = figure(written), figure(floor)
@@ -158,9 +160,20 @@ def cold_start(gpt: GPT) -> None:
         program = f"PATH, PROMPT = {path!r}, {PROMPT!r}\n{COLD_START}"
         subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 
-        command = [sys.executable, "-m", "chargpt", "predict", "--ckpt_path", path, "--generate.prompt", PROMPT]
+        command = [
+            sys.executable,
+            "-m",
+            "chargpt",
+            "predict",
+            "--ckpt_path",
+            path,
+            "--generate.prompt",
+            PROMPT,
+        ]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+        )
         process.stdout.read(len(PROMPT) + 1)
         print(f"  python -m chargpt predict, in all {time.perf_counter() - start:6.3f} s")
         process.stdout.close()

@@ -60,7 +60,9 @@ def seconds(work) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/cpu.yaml"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
@@ -100,20 +102,34 @@ def main() -> None:
             ]
         )
         checkpoint = Path(folder, "timed.ckpt")
-        checkpoint_s = statistics.median(seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5))
-    report(trainer_s[WARM_UP_STEPS:], plain_s[WARM_UP_STEPS:-1], checkpoint_s, cli.trainer.val_check_interval)
+        checkpoint_s = statistics.median(
+            seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5)
+        )
+    report(
+        trainer_s[WARM_UP_STEPS:],
+        plain_s[WARM_UP_STEPS:-1],
+        checkpoint_s,
+        cli.trainer.val_check_interval,
+    )
 
 
-def report(trainer_s: list[float], plain_s: list[float], checkpoint_s: float, interval: int) -> None:
+def report(
+    trainer_s: list[float], plain_s: list[float], checkpoint_s: float, interval: int
+) -> None:
     saving_s = CHECKPOINTS * checkpoint_s / interval
     print(
         f"{len(plain_s)} steps of each, medians: Trainer {statistics.median(trainer_s) * 1e3:.1f} ms, "
         f"plain loop {statistics.median(plain_s) * 1e3:.1f} ms; "
         f"checkpoints {saving_s * 1e3:.2f} ms a step ({checkpoint_s:.3f} s each)"
     )
-    parts = [slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)]
+    parts = [
+        slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)
+    ]
     for name, extra in (("without", 0.0), ("with", saving_s)):
-        ratios = [sum(plain_s[part]) / (sum(trainer_s[part]) + extra * len(plain_s[part])) for part in parts]
+        ratios = [
+            sum(plain_s[part]) / (sum(trainer_s[part]) + extra * len(plain_s[part]))
+            for part in parts
+        ]
         print(
             f"speed of the Trainer as a share of the plain loop's, {name} checkpoints: "
             f"median {statistics.median(ratios):.3f} of six parts (from {min(ratios):.3f} to {max(ratios):.3f})"
