@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from chargpt.files import whole_file
+from chargpt.atomic_file import atomic_write
 from chargpt.runs import BEST_NAME, LAST_NAME, CheckpointError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         try:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
             raise CheckpointError(

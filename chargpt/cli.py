@@ -362,5 +362,5 @@ def main(args: list[str] | None = None) -> None:
 
 def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     """In one line, and only what is ours: Lightning's hints do not fit a text without epochs."""
-    if Path(filename).parent == Path(__file__).parent:
+    if Path(__file__).parent in Path(filename).parents:
         say(f"warning: {message}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from chargpt.files import whole_file
+from chargpt.atomic_file import atomic_write
 from chargpt.writer import Piece, Settings, Writer
 
 Write = Callable[[str], object]
@@ -171,7 +171,7 @@ def destination(output: str) -> Iterator[Write]:
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
     interrupt = None
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         try:
             yield codecs.getwriter("utf-8")(file, errors="replace").write
         except KeyboardInterrupt as error:  # what was written so far is what is wanted

@@ -9,6 +9,8 @@ from lightning import Trainer
 from chargpt.checkpointing import AtomicCheckpointIO, LastCheckpoint, best_checkpoint_callback
 from chargpt.cli import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
+from chargpt.data.corpus import find_text
+from chargpt.data.token_file import Corpus, open_corpus
 from chargpt.module import GPTModule
 
 MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
@@ -19,6 +21,26 @@ def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") 
     if not path.exists():  # written anew it would be encoded anew
         path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
     return path
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def open_text(corpus: str, data_dir: Path | None = None, fallback: str | None = None) -> Corpus:
+    return open_corpus(find_text(corpus, data_dir, fallback))
+
+
+def token_files(folder: Path) -> list[Path]:
+    """All token files below a folder, half-written ones too."""
+    return sorted(folder.rglob("*.npy*"))
+
+
+def expected_ids(text: str) -> list[int]:
+    ids = {character: id for id, character in enumerate(sorted(set(text)))}
+    return [ids[character] for character in text]
 
 
 def make_data(folder: Path, **settings) -> CharDataModule:
