@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from chargpt.cli import ChargptCLI
-from chargpt.data import CharDataModule, TrainingBatches
+from chargpt.data import CharDataModule
+from chargpt.data.blocks import RandomBlocks
 from chargpt.training.module import GPTModule
 
 CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
@@ -42,7 +42,7 @@ class PlainLoop:
         self.optimizer = module.configure_optimizers()
         self.gpt, module.gpt = module.gpt, trained
         h = data.hparams
-        self.batches = iter(TrainingBatches(data.train_tokens, h.block_size, h.batch_size, h.seed))
+        self.batches = iter(RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed))
 
     def step(self) -> None:
         batch = next(self.batches).long()
