@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_model import SWITCHES, random_gpt, random_ids
 
 from chargpt.inspection import inspect
 from chargpt.model import KVCache
-from test_model import SWITCHES, random_gpt, random_ids
 
 
 def outputs(gpt, run):

@@ -88,6 +88,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         self.checkpoint_path: Path | None = None
+        self.corpus_digest: str | None = None
         super().__init__(
             GPTModule,
             CharDataModule,
@@ -174,6 +175,11 @@ class TrainingCLI(LightningCLI):
         self.config = self.parse([*configs, settings], typed)
         self.config.ckpt_path = str(path)
         refuse_another_network(self.config, checkpoint["hyper_parameters"])
+        if not any(
+            arg.startswith("--data.corpus") for arg in typed
+        ):  # a text named anew is trusted
+            saved = checkpoint["datamodule_hyper_parameters"]
+            self.corpus_digest = saved.get("corpus_digest")
         if self.command == "fit":
             check_resumable(checkpoint, path, self.config.trainer.max_steps)
 
@@ -234,6 +240,7 @@ class TrainingCLI(LightningCLI):
         """Run the command."""
         if self.command != "fit":
             say(f"checkpoint {self.checkpoint_path}")
+        self.datamodule.expected_digest = self.corpus_digest
         method = getattr(self.trainer, self.command)
         verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
         try:
