@@ -1,23 +1,22 @@
 """Encoding a text once into a memory-mapped token file, and opening it.
 
 A token file is a NumPy array on disk, a plain `.npy`: one id per character, in the narrowest
-unsigned integer type that holds the vocabulary. A line of JSON with the characters and the text's
-digest follows. Training maps it instead of reading it, so a text may be larger than memory.
+unsigned integer type that holds the vocabulary. The characters and the text's digest follow it as
+JSON. Training maps the file instead of reading it, so a text may be larger than memory.
 
-The paths, sizes and modification times of the text's files make its name. So a text that changed
-gets another token file, and runs that began before go on reading theirs. Whoever needs the room
-may delete them.
+Its name is made from the paths, sizes and modification times of the text's files. So a text that
+changed has another token file, and a run that began before goes on reading the former one, which
+may be deleted when no run needs it.
 """
 
 import codecs
 import hashlib
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -36,10 +35,10 @@ class Tokens(np.memmap):
     itself, where a plain memmap would pickle as a copy of the text.
     """
 
-    def __reduce__(self):
-        whole = self.base if isinstance(self.base, Tokens) else self
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.filename is None or not self.flags.c_contiguous:
-            return np.asarray(self).__reduce__()  # what was computed from ids, and lies in memory
+            return np.array, (np.asarray(self),)  # computed from ids: it lies in memory
+        whole = self.base if isinstance(self.base, Tokens) else self
         offset = self.offset + self.ctypes.data - whole.ctypes.data
         return Tokens, (self.filename, self.dtype, "r", offset, self.shape)
 
@@ -127,7 +126,7 @@ def survey(text: Text) -> tuple[Vocabulary, int, str]:
 
 
 def write_ids(file: BinaryIO, text: Text, vocabulary: Vocabulary) -> None:
-    """The second pass."""
+    """The second pass: the ids of a text."""
     ascii = vocabulary.characters.encode("ascii", "ignore")  # the first ids, in this order
     table = bytes.maketrans(ascii, bytes(range(len(ascii))))
     for piece in read_pieces(text):
@@ -137,12 +136,14 @@ def write_ids(file: BinaryIO, text: Text, vocabulary: Vocabulary) -> None:
             file.write(vocabulary.encode(piece.decode()).data)
 
 
-def read_pieces(text: Text) -> Iterable[bytes]:
+def read_pieces(text: Text) -> Iterator[bytes]:
     """The bytes of a text in pieces of whole characters, with a bar if that takes long."""
-    pieces = itertools.chain.from_iterable(map(read_source, text.sources))
-    total = sum(source.size for source in text.sources) // PIECE_BYTES
-    label = f"encoding {text.path}"
-    return tqdm(pieces, label, total, unit="B", unit_scale=PIECE_BYTES, delay=1)
+    total = sum(source.size for source in text.sources)
+    with tqdm(desc=f"encoding {text.path}", total=total, unit="B", unit_scale=True, delay=1) as bar:
+        for source in text.sources:
+            for piece in read_source(source):
+                yield piece
+                bar.update(len(piece))
 
 
 def read_source(source: Source) -> Iterator[bytes]:
