@@ -12,9 +12,11 @@ may be deleted when no run needs it.
 import codecs
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from chargpt.atomic_file import atomic_write
-from chargpt.data.corpus import CorpusError, Source, Text, find_sources
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary, code_points
+from chargpt.data.corpus import CorpusError, Source, Text
+from chargpt.vocabulary import Vocabulary, code_points
 
 PIECE_BYTES = 1 << 17  # read at a time: long enough for numpy, short enough for the CPU's cache
 
@@ -87,10 +89,6 @@ def encode(text: Text) -> Corpus:
                 np.lib.format.write_array_header_1_0(file, header)
                 write_ids(file, text, vocabulary)
                 file.write(json.dumps(trailer).encode())
-                if find_sources(text.path) != text.sources:
-                    raise changed(text.path)
-        except UnknownCharacterError as error:
-            raise changed(text.path) from error
         except OSError as error:
             problems.append(f"{path} ({error.strerror})")
         # Even after an error: Windows lets nobody replace a file that another process has mapped,
@@ -148,30 +146,31 @@ def read_pieces(text: Text) -> Iterator[bytes]:
 
 def read_source(source: Source) -> Iterator[bytes]:
     """The bytes of one file, in pieces of whole characters of valid UTF-8."""
-    path, size = source.path, source.size
-    n_read, rest = 0, b""  # rest: the start of a character that the next piece completes
+    position, rest = 0, b""  # rest: the start of a character that the next piece completes
     try:
-        with open(path, "rb", buffering=0) as file:
-            while n_read <= size and (piece := file.read(PIECE_BYTES)):
-                n_read += len(piece)
+        with open(source.path, "rb", buffering=0) as file:
+            while piece := read_unchanged(file, source):
                 piece = rest + piece
-                used = len(piece)
-                if not piece.isascii():
-                    _, used = codecs.utf_8_decode(piece, "strict", False)
+                used = len(piece) if piece.isascii() else codecs.utf_8_decode(piece)[1]
                 yield piece[:used]
-                rest = piece[used:]
-        if n_read != size:  # a file that grows could be read without end
-            raise changed(path)
+                position, rest = position + used, piece[used:]
         codecs.utf_8_decode(rest, "strict", True)
     except OSError as error:
-        raise CorpusError(f"{path} can't be read: {error.strerror}") from error
+        raise CorpusError(f"{source.path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        byte, offset = error.object[error.start], n_read - len(error.object) + error.start
+        byte, offset = error.object[error.start], position + error.start
         raise CorpusError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,} ({error.reason})\n"
-            "save it as UTF-8, or choose a text file"
+            f"{source.path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,} "
+            f"({error.reason})\nsave it as UTF-8, or choose a text file"
         ) from error
 
 
-def changed(path: Path | str) -> CorpusError:
-    return CorpusError(f"{path} changed while it was read\nstart again when it is complete")
+def read_unchanged(file: FileIO, source: Source) -> bytes:
+    """The next piece of a file, if it still is as it was found: one that grows might never end."""
+    piece = file.read(PIECE_BYTES)
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise CorpusError(
+            f"{source.path} changed while it was read\nstart again when it is complete"
+        )
+    return piece
