@@ -1,7 +1,7 @@
 """A GPT in one file: the text, the network, the training, the writing. Read it from top to bottom.
 
     python -m chargpt.textbook path/to/input.txt --small    # two minutes on two cores
-    python -m chargpt.textbook --explain                    # one line of text, step by step, in numbers
+    python -m chargpt.textbook --explain                    # one line of text, step by step
 
 A language model gives every possible next character a probability, from the characters before
 it. Trained on a text it learns spelling, words and manner, because all of them help to guess
@@ -38,7 +38,14 @@ eval_batches = 50  # batches for each look
 # What two processor cores train in two minutes. So small a network takes larger steps, and reads
 # too little to learn anything by heart: no dropout.
 SMALL = dict(
-    block_size=64, batch_size=16, epochs=1500, lr=3e-3, n_embed=128, n_head=4, n_layer=3, dropout=0.0
+    block_size=64,
+    batch_size=16,
+    epochs=1500,
+    lr=3e-3,
+    n_embed=128,
+    n_head=4,
+    n_layer=3,
+    dropout=0.0,
 )
 
 # --- The text ----------------------------------------------------------------------------------
@@ -46,7 +53,7 @@ SMALL = dict(
 # Set by `prepare` below, so that importing this file reads no text and trains nothing.
 stoi: dict[str, int] = {}  # character to id
 itos: dict[int, str] = {}  # id to character
-data: dict[str, Tensor] = {}  # the ids of each split: nine tenths to learn from, the rest to test with
+data: dict[str, Tensor] = {}  # "train": ids of nine tenths of the text; "val": of the rest
 
 
 def encode(text: str) -> list[int]:
@@ -215,8 +222,8 @@ class BigramLangModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(n_embed, n_head, dropout) for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embed)
         self.head = nn.Linear(n_embed, vocab_size)
-        # PyTorch draws weights at random, so that units can part, and of a size that neither swells nor
-        # fades from layer to layer. The scores start near 0: no opinion yet, and a loss of ln V.
+        # PyTorch draws weights at random, so that no two units learn the same, and so large that
+        # numbers keep their size from layer to layer. But the scores start near 0: no opinion yet.
         nn.init.normal_(self.head.weight, std=0.002)
         nn.init.zeros_(self.head.bias)
 
@@ -239,11 +246,11 @@ class BigramLangModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """Append characters to idx, (B, T) to (B, T + max_new_tokens), each drawn by its probability.
+        """Append characters drawn by their probabilities, (B, T) to (B, T + max_new_tokens).
 
-        All that is in sight is computed anew for each character. It need not be: as no position
-        looks ahead, a new character changes no earlier key or value, so an engine keeps them (the
-        KV cache in chargpt/model.py) and computes those of the new one alone.
+        All that is in sight is computed anew for each. Until the window is full it need not be: no
+        position looks ahead, so a new character changes no earlier key or value. An engine keeps
+        them (the KV cache in chargpt/model.py) and computes those of the new character alone.
         """
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size :])
@@ -256,51 +263,52 @@ class BigramLangModel(nn.Module):
 
 
 def prepare(text: str, **sizes: float) -> None:
-    """Set what a script would set at its top: sizes other than those above, vocabulary, data, model."""
+    """Set what a script would set at its top: other sizes, vocabulary, data, model."""
     global stoi, itos, data, model
     globals().update(sizes)
-    if len(text) < 10 * (block_size + 1):
-        sys.exit(f"the text has {len(text):,} characters; at this size it needs {10 * (block_size + 1):,}")
+    needed = 10 * (block_size + 1)  # so that a tenth holds one context and its targets
+    if len(text) < needed:
+        sys.exit(f"the text has {len(text):,} characters; at this size it needs {needed:,}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    characters = sorted(set(text))
-    stoi = {character: i for i, character in enumerate(characters)}
-    itos = dict(enumerate(characters))
+    itos = dict(enumerate(sorted(set(text))))
+    stoi = {character: i for i, character in itos.items()}
     ids = torch.tensor(encode(text), device=device)
     end = int(0.9 * len(ids))
     data = {"train": ids[:end], "val": ids[end:]}
-    model = BigramLangModel(len(characters), block_size, n_embed, n_head, n_layer, dropout).to(device)
+    model = BigramLangModel(len(itos), block_size, n_embed, n_head, n_layer, dropout).to(device)
 
 
 def train() -> None:
-    """Gradient descent: predict, take the loss, ask which way each weight lowers it, move it a little."""
+    """Gradient descent: predict, take the loss, and move each weight a little to where it falls."""
     # AdamW keeps two moments for each weight: m, the running mean of its gradient, and v, of the
     # gradient squared. It moves the weight by lr * m / sqrt(v): by about lr where the gradients
     # agree, by less where they contradict each other, and their size cancels, so that what is used
     # rarely learns too. Weight decay draws each weight to 0 by lr * 0.01 of itself, lest it grow
     # without need. Decoupled (the W): beside that step, not inside the gradient, where dividing
     # by sqrt(v) would decay the weights with the largest gradients least.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(epochs + 1):
         if step % eval_interval == 0 or step == epochs:
-            losses = estimate_loss()
-            print(f"step {step:5}: train {losses['train']:.3f}, val {losses['val']:.3f}", flush=True)
+            train_loss, val_loss = estimate_loss().values()
+            print(f"step {step:5}: train {train_loss:.3f}, val {val_loss:.3f}", flush=True)
         if step < epochs:
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / epochs)  # large steps, then fine ones
+            left = 1 - step / epochs
+            optimizer.param_groups[0]["lr"] = lr * left  # large steps at first, then finer ones
             _, loss = model(*get_batch("train"))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
 
-def read_text(path: str | None) -> str:
-    """The text to learn from: a file's, or that of the manual that comes with every Python."""
+def read_text(path: Path | None) -> str:
+    """The text of a file, or of the manual that comes with every Python."""
     if path is None:
         from pydoc_data.topics import topics
 
         print("no text given: taking Python's own manual", file=sys.stderr)
         return "\n".join(topics[name] for name in sorted(topics))
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         sys.exit(f"{path} is not UTF-8 text")
     except OSError as error:
@@ -308,9 +316,9 @@ def read_text(path: str | None) -> str:
 
 
 def main() -> None:
-    named = Path(os.environ.get("CHARGPT_DATA_DIR", ""), "tiny-shakespeare", "input.txt")
+    named = Path(os.environ.get("CHARGPT_DATA_DIR", "."), "tiny-shakespeare", "input.txt")
     parser = argparse.ArgumentParser(prog="python -m chargpt.textbook", description="Train a GPT.")
-    parser.add_argument("text", nargs="?", default=str(named) if named.exists() else None)
+    parser.add_argument("text", nargs="?", type=Path, default=named if named.exists() else None)
     parser.add_argument("--small", action="store_true", help="two minutes on two processor cores")
     parser.add_argument("--explain", action="store_true", help="one line of text, step by step")
     options = parser.parse_args()
@@ -321,15 +329,14 @@ def main() -> None:
 
         return walk(text)
     prepare(text, **(SMALL if options.small else {}))
-    expected = "1.8 after two minutes on two cores" if options.small else "1.5 after hours, or minutes on a GPU"
-    print(
-        f"{len(text):,} characters, {len(stoi)} different: a guess costs ln {len(stoi)} = "
-        f"{math.log(len(stoi)):.2f} nats\n{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{epochs} steps of {batch_size} x {block_size} characters; tiny Shakespeare ends near {expected}"
-    )
+    V, parameters = len(itos), sum(parameter.numel() for parameter in model.parameters())
+    ends = "1.8 in two minutes" if options.small else "1.5 in many hours, or minutes on a GPU"
+    print(f"{len(text):,} characters, {V} different: a guess costs ln {V} = {math.log(V):.2f} nats")
+    print(f"{parameters:,} parameters, {epochs:,} steps of {batch_size} x {block_size} characters")
+    print(f"what to expect: tiny Shakespeare begins at 4.17 and ends near {ends}")
     train()
     model.eval()  # no dropout while writing
-    start = torch.zeros((1, 1), dtype=torch.long, device=data["val"].device)  # id 0: mostly a line's end
+    start = torch.tensor([[0]], device=data["val"].device)  # of most texts, id 0 is the line's end
     print(decode(model.generate(start, 500)[0].tolist()))
 
 

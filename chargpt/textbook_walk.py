@@ -36,7 +36,8 @@ def walk(text: str) -> None:
     print("\n--- Before training: every weight is a random number\n")
     before = show_prediction(textbook.model, idx, targets)
     show_step(textbook.model, idx, targets)
-    print(f"\n--- Training: {TINY['epochs']} such steps, each on {TINY['batch_size']} pieces of the text\n")
+    steps, pieces = TINY["epochs"], TINY["batch_size"]
+    print(f"\n--- Training: {steps} such steps, each on {pieces} pieces of the text\n")
     textbook.train()
     print("\n--- After training: the same line, which the network has never seen\n")
     after = show_prediction(textbook.model.eval(), idx, targets)
@@ -76,7 +77,9 @@ def show_shapes(model: BigramLangModel, idx: Tensor) -> None:
     block = model.blocks[0]
     _, head, normed = next(heads_at_work(model, idx))
     x = model.token_embedding(idx) + model.position_embedding.weight[: idx.size(1)]
-    print("\n--- The shapes on the way: B sequences, T characters, C channels, D of a head, V characters\n")
+    print(
+        "\n--- The shapes on the way: B sequences of T characters, C channels, D of them a head's\n"
+    )
     for what, shape, tensor in (
         ("ids", "B, T", idx),
         ("embeddings of character and place, added", "B, T, C", x),
@@ -93,14 +96,16 @@ def show_shapes(model: BigramLangModel, idx: Tensor) -> None:
 
 @torch.no_grad()
 def show_prediction(model: BigramLangModel, idx: Tensor, targets: Tensor) -> Tensor:
-    """Attention, logits, likeliest characters and loss; returns the targets' probabilities, (T,)."""
+    """Attention, logits, likeliest characters, loss; returns the targets' probabilities, (T,)."""
     show_attention(model, idx)
     logits, loss = model(idx, targets)  # (1, T, V) and one number
     probabilities = logits[0].softmax(dim=-1)  # (T, V)
     text = textbook.decode(idx[0].tolist())
     print(f'\nwhat comes after "{text}"? The five likeliest:')
-    for p, i in zip(*probabilities[-1].topk(min(5, len(textbook.stoi)))):
-        print(f"  {visible(textbook.itos[int(i)])}  logit {logits[0, -1, i]:6.3f}  probability {p:.3f}")
+    likeliest = probabilities[-1].topk(min(5, len(textbook.stoi)))
+    for p, i in zip(likeliest.values.tolist(), likeliest.indices.tolist()):
+        character, logit = visible(textbook.itos[i]), logits[0, -1, i]
+        print(f"  {character}  logit {logit:6.3f}  probability {p:.3f}")
     V = probabilities.size(-1)
     print(
         f"loss on this line, the mean of -ln(probability of what came): {loss:.3f} nats "
@@ -140,21 +145,24 @@ def show_step(model: BigramLangModel, idx: Tensor, targets: Tensor) -> None:
     optimizer.step()
     m, v = (optimizer.state[weight][name][place].item() for name in ("exp_avg", "exp_avg_sq"))
     m, v = m / (1 - 0.9), v / (1 - 0.999)  # both averages began at 0: corrected for that
+    new, direction = weight[place].item(), m / math.sqrt(v)
     optimizer.zero_grad()
     with torch.no_grad():
         _, after = model(idx, targets)
+    lr = textbook.lr
     print(
-        f"\none step of AdamW on this line, learning rate {textbook.lr}, seen at one weight of the output:\n"
-        f"  gradient {g:.4f}, so m = {m:.4f} and v = {v:.6f}; m / sqrt(v) = {m / math.sqrt(v):.3f}\n"
-        f"  weight {old:.5f} - {textbook.lr} x ({m / math.sqrt(v):.3f} + decay 0.01 x {old:.5f}) "
-        f"= {weight[place].item():.5f}\n"
-        f"  loss {loss:.3f} before, {after:.3f} after"
+        f"\none step of AdamW on this line, learning rate {lr}, seen at one weight of the output:"
     )
+    print(f"  gradient {g:.4f}, so m = {m:.4f}, v = {v:.6f}, m / sqrt(v) = {direction:.3f}")
+    print(f"  weight {old:.5f} - {lr} x ({direction:.3f} + decay 0.01 x {old:.5f}) = {new:.5f}")
+    print(f"  loss {loss:.3f} before, {after:.3f} after")
 
 
 def show_costs(line: str, before: Tensor, after: Tensor) -> None:
+    """The loss, character by character: the mean of the third and of the fifth column."""
     print("\nwhat each character of the line had as its probability, and cost:\n")
     print("   comes   untrained       trained")
     for character, *ps in zip(line[1:], before.tolist(), after.tolist()):
-        print(f"     {visible(character)}  " + "  ".join(f"{p:7.4f} {-math.log(p):6.3f}" for p in ps))
+        columns = "  ".join(f"{p:7.4f} {-math.log(p):6.3f}" for p in ps)
+        print(f"     {visible(character)}  {columns}")
     print("    mean " + "  ".join(f"{'':6} {-ps.log().mean():6.3f}" for ps in (before, after)))

@@ -32,13 +32,20 @@ def as_imported(monkeypatch):
 
 def engine(vocab_size: int, block_size: int, n_embed: int, n_head: int, n_layer: int) -> GPT:
     return GPT(
-        vocab_size, block_size=block_size, n_embd=n_embed, n_head=n_head, n_layer=n_layer, dropout=0.0
+        vocab_size,
+        block_size=block_size,
+        n_embd=n_embed,
+        n_head=n_head,
+        n_layer=n_layer,
+        dropout=0.0,
     )
 
 
 def named_as_in_engine(model: BigramLangModel) -> dict[str, list[torch.nn.Parameter]]:
     """The engine's parameters by name: each is made of these, one below the other."""
-    names = {name: [parameter] for name, parameter in model.named_parameters() if ".heads." not in name}
+    names = {
+        name: [parameter] for name, parameter in model.named_parameters() if ".heads." not in name
+    }
     for i, block in enumerate(model.blocks):
         heads = block.attention.heads
         parts = [getattr(head, part) for part in ("query", "key", "value") for head in heads]
@@ -86,7 +93,7 @@ def test_logits_loss_and_gradients_are_the_engines(sizes):
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
     for name, parts in named_as_in_engine(model).items():
         expected = torch.cat([part.grad for part in parts])
-        torch.testing.assert_close(gradients[name], expected, **EXACT, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(gradients[name], expected, **EXACT, msg=f"gradient of {name}")
         assert expected.abs().max() > 1e-5, f"{name}: a gradient of nothing proves nothing"
 
 
@@ -177,7 +184,9 @@ def test_importing_does_nothing():
         "ours = [name for name in sys.modules if name.startswith('chargpt.')]\n"
         "assert ours == ['chargpt.textbook'], ours"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -218,7 +227,9 @@ def test_the_command_trains_and_writes(tmp_path, text, monkeypatch, capsys):
 
 def test_a_text_that_nobody_names(tmp_path, text, monkeypatch, capsys):
     """$CHARGPT_DATA_DIR, or else the manual of Python."""
-    monkeypatch.setattr(textbook, "prepare", lambda text, **sizes: sys.exit(f"{len(text)} characters"))
+    monkeypatch.setattr(
+        textbook, "prepare", lambda text, **sizes: sys.exit(f"{len(text)} characters")
+    )
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path))
     with pytest.raises(SystemExit, match=r"\d{6} characters"):
         run(monkeypatch)

@@ -1,7 +1,7 @@
 """What each idea of a GPT is worth: a ladder of models, one idea more on each rung.
 
     python tests/benchmarks/ladder.py path/to/input.txt --csv ladder.csv --plot ladder.png
-    python tests/benchmarks/ladder.py path/to/input.txt --only "4 layers" "without attention" --steps 500
+    python tests/benchmarks/ladder.py path/to/input.txt --steps 500 --only "without attention"
 
 Each rung is the network of chargpt/textbook.py, at its small size, with the parts taken out that
 come later; all train for the same number of steps on the same batches. The last is the engine with
@@ -122,7 +122,9 @@ def whole_split_loss(model: BigramLangModel, split: Tensor) -> float:
     model.eval()
     T = model.block_size
     whole = (len(split) - 1) // T * T
-    blocks = [*zip(split[:whole].view(-1, T).split(128), split[1 : whole + 1].view(-1, T).split(128))]
+    blocks = [
+        *zip(split[:whole].view(-1, T).split(128), split[1 : whole + 1].view(-1, T).split(128))
+    ]
     if whole < len(split) - 1:  # the rest is a shorter block
         blocks.append((split[None, whole:-1], split[None, whole + 1 :]))
     total = sum(model(x, y)[1].item() * y.numel() for x, y in blocks)
@@ -136,7 +138,9 @@ def a_line(text: str) -> str:
 
 
 def climb(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
-    textbook.prepare(text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_batches=1))
+    textbook.prepare(
+        text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_batches=1)
+    )
     train = textbook.data["train"]
     textbook.data["train"] = train[: int(rung.share * len(train))]
     torch.manual_seed(seed)
@@ -159,14 +163,20 @@ def measured(name: str, model: BigramLangModel, seconds: float, seed: int) -> Re
 
 
 def engine(path: Path, seed: int) -> Result:
-    """configs/cpu.yaml as a user would start it: training, validation and start-up in the seconds."""
+    """configs/cpu.yaml as a user would start it: the seconds hold start-up and validation too."""
     path = path.resolve()
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "chargpt", *arguments]
         return subprocess.run(
-            command, cwd=folder, env=environment, check=True, stdout=-1, stderr=sys.stderr, text=True
+            command,
+            cwd=folder,
+            env=environment,
+            check=True,
+            stdout=-1,
+            stderr=sys.stderr,
+            text=True,
         ).stdout
 
     with tempfile.TemporaryDirectory() as folder:
@@ -177,11 +187,17 @@ def engine(path: Path, seed: int) -> Result:
         text = run("predict", "--generate.prompt=\n", f"--generate.seed={seed}")
         (checkpoint,) = Path(folder).glob("lightning_logs/*/checkpoints/last.ckpt")
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    return Result("the engine, configs/cpu.yaml", sum(w.numel() for w in weights.values()), loss, seconds, a_line(text))
+    return Result(
+        "the engine, configs/cpu.yaml",
+        sum(w.numel() for w in weights.values()),
+        loss,
+        seconds,
+        a_line(text),
+    )
 
 
 def results(options: argparse.Namespace) -> Iterator[Result]:
-    text = textbook.read_text(str(options.text))
+    text = textbook.read_text(options.text)
     for rung in RUNGS:
         if not chosen(rung.name, options.only):
             continue
@@ -214,7 +230,9 @@ def plot(rows: list[Result], picture: Path) -> None:
     for place, loss in enumerate(losses):
         axes.text(loss + 0.01, place, f"{loss:.3f}", va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set(xlabel="validation loss, nats per character", xlim=(min(losses) - 0.2, max(losses) + 0.2))
+    axes.set(
+        xlabel="validation loss, nats per character", xlim=(min(losses) - 0.2, max(losses) + 0.2)
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110, bbox_inches="tight")
 
@@ -226,16 +244,22 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=textbook.SMALL["epochs"])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=[], help="rungs whose names contain one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="rungs whose names contain one of these"
+    )
     parser.add_argument("--csv", type=Path, help="where the table goes for a program to read")
     parser.add_argument("--plot", type=Path, help="where the picture goes; needs matplotlib")
     options = parser.parse_args()
     rows = []
-    print("| rung | parameters | validation loss | seconds | a line it writes |\n|---|---|---|---|---|")
+    print("| rung | parameters | validation loss | seconds | a line it writes |")
+    print("|---|---|---|---|---|")
     for row in results(options):
         rows.append(row)
         line = row.writes.replace("|", "\\|").replace("`", "'")
-        print(f"| {row.rung} | {row.parameters:,} | {row.loss:.3f} | {row.seconds:.0f} | `{line}` |", flush=True)
+        print(
+            f"| {row.rung} | {row.parameters:,} | {row.loss:.3f} | {row.seconds:.0f} | `{line}` |",
+            flush=True,
+        )
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([Result._fields, *rows])

@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "figures")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    textbook.prepare(textbook.read_text(str(options.text)), **textbook.SMALL | dict(epochs=options.steps))
+    textbook.prepare(
+        textbook.read_text(options.text), **textbook.SMALL | dict(epochs=options.steps)
+    )
     curve, samples = watch_training()
     draw_growth(curve, samples, options.folder / "growth.png")
     draw_attention(textbook.model, options.line, options.folder / "attention.png")
@@ -85,7 +87,9 @@ def draw_growth(curve: list, samples: list, picture: Path) -> None:
     above.plot(*zip(*curve), marker=".", color="C0")
     guess = torch.tensor(len(textbook.stoi)).log().item()
     above.axhline(guess, color="C7", linestyle=":", linewidth=1)
-    above.annotate(f"a guess: ln {len(textbook.stoi)} = {guess:.2f}", (curve[-1][0], guess - 0.2), ha="right")
+    above.annotate(
+        f"a guess: ln {len(textbook.stoi)} = {guess:.2f}", (curve[-1][0], guess - 0.2), ha="right"
+    )
     above.set(xlabel="step", ylabel="validation loss, nats", ylim=(1.5, guess + 0.2))
     above.spines[["top", "right"]].set_visible(False)
     below.axis("off")
@@ -93,7 +97,14 @@ def draw_growth(curve: list, samples: list, picture: Path) -> None:
         top = 1 - i / len(samples)
         below.text(0, top, f"step {step}\n{loss:.2f} nats", va="top", color="C0")
         lines = [line[:62] for line in text.splitlines() if line.strip()][:4]
-        below.text(0.17, top, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=9)
+        below.text(
+            0.17,
+            top,
+            "\n".join(lines).replace("$", r"\$"),
+            va="top",
+            family="monospace",
+            fontsize=9,
+        )
     figure.savefig(picture, dpi=110, bbox_inches="tight")
 
 
