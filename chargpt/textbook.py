@@ -38,14 +38,7 @@ eval_batches = 50  # batches for each look
 # What two processor cores train in two minutes. So small a network takes larger steps, and reads
 # too little to learn anything by heart: no dropout.
 SMALL = dict(
-    block_size=64,
-    batch_size=16,
-    epochs=1500,
-    lr=3e-3,
-    n_embed=128,
-    n_head=4,
-    n_layer=3,
-    dropout=0.0,
+    block_size=64, batch_size=16, epochs=1500, lr=3e-3, n_embed=128, n_head=4, n_layer=3, dropout=0
 )
 
 # --- The text ----------------------------------------------------------------------------------
