@@ -133,8 +133,8 @@ def whole_split_loss(model: BigramLangModel, split: Tensor) -> float:
 
 def a_line(text: str) -> str:
     """The first whole line that is long enough to show something."""
-    lines = [line for line in text.split("\n")[1:-1] if len(line) > 20]
-    return lines[0] if lines else text.replace("\n", " ")[:60]
+    lines = [line.strip() for line in text.split("\n")[1:-1] if len(line.strip()) > 20]
+    return (lines or [text.replace("\n", " ").strip()])[0][:60]
 
 
 def climb(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
