@@ -3,10 +3,11 @@
     python tests/benchmarks/ladder.py path/to/input.txt --csv ladder.csv --plot ladder.png
     python tests/benchmarks/ladder.py path/to/input.txt --steps 500 --only "without attention"
 
-Each rung is the network of chargpt/textbook.py, at its small size, with the parts taken out that
-come later; all train for the same number of steps on the same batches. The last is the engine with
-configs/cpu.yaml, which reads more characters in fewer steps. Losses are in nats, of the whole
-validation split: every character but the first is predicted once, in contiguous blocks.
+It begins with tables of counts, without any network. Each rung after that is the network of
+chargpt/textbook.py, at its small size, with the parts taken out that come later; all train for the
+same number of steps on the same batches. Then single parts are taken out of the whole. The last is
+the engine with configs/cpu.yaml, which reads more characters in fewer steps. Losses are in nats, of
+the whole validation split: every character but the first is predicted once, in contiguous blocks.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chargpt import textbook
@@ -137,6 +139,28 @@ def a_line(text: str) -> str:
     return (lines or [text.replace("\n", " ").strip()])[0][:60]
 
 
+def counting(name: str, order: int, seed: int) -> Result:
+    """No network: how often each character followed the order - 1 before it, and a tenth more."""
+    start, V = time.perf_counter(), len(textbook.stoi)
+    train, val = (textbook.data[split].cpu() for split in ("train", "val"))
+
+    def entries(ids: Tensor) -> Tensor:
+        """Where each character stands in the table, by itself and those before it, (N,)."""
+        padded = F.pad(ids, (order - 1, 0))
+        return sum(padded[i : i + len(ids)] * V ** (order - 1 - i) for i in range(order))
+
+    table = torch.bincount(entries(train), minlength=V**order).view(-1, V) + 0.1
+    probabilities = table / table.sum(dim=-1, keepdim=True)  # (V^(order - 1), V)
+    loss = -probabilities.flatten()[entries(val)][1:].log().mean().item()
+    torch.manual_seed(seed)
+    ids = [0] * order
+    for _ in range(200):
+        before = sum(i * V**place for place, i in enumerate(ids[:-order:-1]))
+        ids.append(int(torch.multinomial(probabilities[before], num_samples=1)))
+    seconds = time.perf_counter() - start
+    return Result(name, table.numel(), loss, seconds, a_line(textbook.decode(ids)))
+
+
 def climb(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
     textbook.prepare(
         text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_batches=1)
@@ -198,6 +222,10 @@ def engine(path: Path, seed: int) -> Result:
 
 def results(options: argparse.Namespace) -> Iterator[Result]:
     text = textbook.read_text(options.text)
+    textbook.prepare(text)
+    for order, what in enumerate(("single characters", "pairs", "triples", "fours"), start=1):
+        if chosen(name := f"counting {what}", options.only):
+            yield counting(name, order, options.seed)
     for rung in RUNGS:
         if not chosen(rung.name, options.only):
             continue
@@ -225,7 +253,8 @@ def plot(rows: list[Result], picture: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 0.8))
     losses = [row.loss for row in rows]
-    colors = ["C0" if row.rung.startswith(("bigram", "+", "the engine")) else "C7" for row in rows]
+    climbs = ("bigram", "+", "the engine")
+    colors = ["C0" if row.rung.startswith(climbs) else "C7" for row in rows]
     axes.barh([row.rung for row in rows], losses, color=colors)
     for place, loss in enumerate(losses):
         axes.text(loss + 0.01, place, f"{loss:.3f}", va="center", fontsize=9)
