@@ -33,7 +33,7 @@ n_head = 6  # H
 n_layer = 6  # blocks, one after the other
 dropout = 0.2  # share of activations set to zero while training
 eval_interval = 500  # steps between two looks at the loss
-eval_batches = 50  # batches for each look
+eval_characters = 50_000  # of each split, for each look
 
 # What two processor cores train in two minutes. So small a network takes larger steps, and reads
 # too little to learn anything by heart: no dropout.
@@ -80,8 +80,8 @@ def estimate_loss() -> dict[str, float]:
     model.eval()
     losses = {}
     for split in ("train", "val"):
-        batches = [model(*get_batch(split))[1] for _ in range(eval_batches)]
-        losses[split] = torch.stack(batches).mean().item()
+        batches = range(0, eval_characters, batch_size * block_size)
+        losses[split] = sum(model(*get_batch(split))[1].item() for _ in batches) / len(batches)
     model.train()
     return losses
 

@@ -16,7 +16,7 @@ BASE = dict(block_size=256, n_embed=384, n_head=6, n_layer=6)
 SMALL = dict(block_size=12, n_embed=24, n_head=3, n_layer=2)
 TINY = dict(
     block_size=8, batch_size=4, epochs=6, lr=1e-2, n_embed=16, n_head=2, n_layer=2, dropout=0.0,
-    eval_interval=3, eval_batches=2,
+    eval_interval=3, eval_characters=64,
 )  # fmt: skip
 EXACT = dict(rtol=0, atol=1e-9)  # in float64, where two right ways differ by much less
 

@@ -163,7 +163,7 @@ def counting(name: str, order: int, seed: int) -> Result:
 
 def climb(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
     textbook.prepare(
-        text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_batches=1)
+        text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_characters=1)
     )
     train = textbook.data["train"]
     textbook.data["train"] = train[: int(rung.share * len(train))]

@@ -5,7 +5,7 @@
 Trains the small size of chargpt/textbook.py once (two minutes on two cores) and draws
 `attention.png`: what three of its heads look at in a line, each the one that does one thing most,
 by its mean weight over the validation split; and `growth.png`: the loss, and what the model writes
-after 0, 100, 300, 1000 and all steps. Needs matplotlib.
+after 0, 100, 500, 1000 and all steps. Needs matplotlib.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from chargpt import textbook
 from chargpt.textbook import BigramLangModel
 from chargpt.textbook_walk import heads_at_work, visible
 
-LINE = "But, soft! what light through yonder window breaks?"
-STOPS = (0, 100, 300, 1000)  # steps after which it writes, and at the end
-SAMPLE = 150
+LINE = "But, soft! what light through yonder"
+STOPS = (0, 100, 500, 1000)  # steps after which it writes, and at the end
+SAMPLE = 200
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def mean_weights(model: BigramLangModel) -> dict[str, dict[str, float]]:
         found[name] = {
             "the character before": (weights * previous).sum(-1).mean().item(),
             "the gap before the word": (weights * starts).sum(-1).mean().item(),
-            "eight and more characters back": (weights * far).sum(-1).mean().item(),
+            "characters eight and more back": (weights * far).sum(-1).mean().item(),
         }
     return found
 
@@ -142,13 +142,13 @@ def draw_attention(model: BigramLangModel, line: str, picture: Path) -> None:
     weights = {name: head.weights(x)[0].cpu() for name, head, x in heads_at_work(model, idx)}
     shares = mean_weights(model)
     kinds = next(iter(shares.values())).keys()
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(6.2 * len(kinds), 6.8))
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.6 * len(kinds), 6))
     for panel, kind in zip(panels, kinds):
         name = max(shares, key=lambda head: shares[head][kind])
         panel.imshow(weights[name], cmap="Blues", vmin=0, vmax=1)
-        panel.set_title(f"{name}: {shares[name][kind]:.0%} of its weight\non {kind}")
-        panel.set_xticks(range(len(line)), visible(line), family="monospace", fontsize=8)
-        panel.set_yticks(range(len(line)), visible(line), family="monospace", fontsize=8)
+        panel.set_title(f"{name}: {shares[name][kind]:.0%} of its weight on\n{kind}")
+        panel.set_xticks(range(len(line)), visible(line), family="monospace", fontsize=9)
+        panel.set_yticks(range(len(line)), visible(line), family="monospace", fontsize=9)
         panel.tick_params(length=0)
     panels[0].set_ylabel("this character looks ...")
     panels[0].set_xlabel("... at these")
