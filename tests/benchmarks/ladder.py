@@ -259,9 +259,7 @@ def plot(rows: list[Result], picture: Path) -> None:
     for place, loss in enumerate(losses):
         axes.text(loss + 0.01, place, f"{loss:.3f}", va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set(
-        xlabel="validation loss, nats per character", xlim=(min(losses) - 0.2, max(losses) + 0.2)
-    )
+    axes.set(xlabel="validation loss, nats per character", xlim=(0, max(losses) + 0.4))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110, bbox_inches="tight")
 
