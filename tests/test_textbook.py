@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chargpt import textbook, textbook_walk
-from chargpt.model import GPT
+from chargpt.model import GPT, GPTConfig
 from chargpt.textbook import BigramLangModel, Head
 
 BASE = dict(block_size=256, n_embed=384, n_head=6, n_layer=6)
@@ -31,14 +31,8 @@ def as_imported(monkeypatch):
 
 
 def engine(vocab_size: int, block_size: int, n_embed: int, n_head: int, n_layer: int) -> GPT:
-    return GPT(
-        vocab_size,
-        block_size=block_size,
-        n_embd=n_embed,
-        n_head=n_head,
-        n_layer=n_layer,
-        dropout=0.0,
-    )
+    config = GPTConfig(block_size, n_embd=n_embed, n_head=n_head, n_layer=n_layer, dropout=0.0)
+    return GPT(config, vocab_size)
 
 
 def named_as_in_engine(model: BigramLangModel) -> dict[str, list[torch.nn.Parameter]]:
