@@ -198,9 +198,13 @@ function score() {
 }
 
 function set_busy(busy) {
-  $("write").disabled = $("score").disabled = $("another").disabled = busy;
-  if (busy && document.activeElement === document.body) $("stop").focus();
+  const starting = ["write", "score", "another"].map($);
+  const focused = document.activeElement;
   $("stop").disabled = !busy;
+  // a button that can no longer be pressed hands the focus on, else the keyboard is lost
+  if (busy && starting.includes(focused)) $("stop").focus();
+  for (const button of starting) button.disabled = busy;
+  if (!busy && focused === $("stop")) $(text.written ? "write" : "score").focus();
 }
 
 async function copy() {
@@ -305,12 +309,12 @@ function bar(id, network, drawn, most, is_actual) {
 function describe_seen(actual, network, order) {
   if (actual === null) return ["What would come next?"];
   const [name, is_code] = visible(VOCABULARY.characters[actual]);
-  const strong = document.createElement("bdi");
-  strong.textContent = is_code ? name : `“${name}”`;
+  const shown = document.createElement("bdi");
+  shown.textContent = is_code ? name : `“${name}”`;
   const surprise = (-Math.log2(network[actual])).toFixed(2);
   const rank = order.indexOf(actual) + 1;
   const place = rank === 1 ? "its first guess" : `number ${grouped(rank)} of its guesses`;
-  return [strong, ` had ${percent(network[actual])}, ${place}: ${surprise} bits of surprise.`];
+  return ["Here stands ", shown, `. The network gave it ${percent(network[actual])}, ${place}: ${surprise} bits.`];
 }
 
 const shaded = []; // the characters that have a share of attention
@@ -404,7 +408,7 @@ function show_figures() {
 function fill_choices() {
   const option = (label, value) => new Option(label, value);
   for (let i = 0; i < DATA.config.n_layer; i++) $("layer").append(option(`Layer ${i + 1}`, i));
-  $("head").append(option("All, on average", "mean"));
+  $("head").append(option("All (mean)", "mean"));
   for (let i = 0; i < DATA.config.n_head; i++) $("head").append(option(`Head ${i + 1}`, i));
   const { max_new_chars, temperature, top_k, top_p, seed } = DATA.settings;
   $("top_k").max = VOCABULARY.characters.length;
@@ -436,8 +440,14 @@ function start() {
   on("text", "click", (event) => event.target.position !== undefined && select(event.target.position));
   on("text", "keydown", on_key);
   on("position", "change", () => $("position").value && select($("position").valueAsNumber));
-  for (const id of ["layer", "head"]) on(id, "change", () => inside.position && look());
+  for (const id of ["layer", "head"])
+    on(id, "change", () => {
+      document.querySelector("input[value=attention]").checked = true;
+      show_shade();
+      if (inside.position) look();
+    });
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
+  $("how").open = innerWidth > 900; // on a phone, the text is what matters
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });
