@@ -1,7 +1,7 @@
 """Checkpoints: where runs keep them, reading one without running code from it, and its network.
 
-    lightning_logs/version_3/checkpoints/step=250-val_loss=1.8123.ckpt    the best so far
-    lightning_logs/version_3/checkpoints/last.ckpt                        the last step
+lightning_logs/version_3/checkpoints/step=250-val_loss=1.8123.ckpt    the best so far
+lightning_logs/version_3/checkpoints/last.ckpt                        the last step
 """
 
 import re
@@ -102,10 +102,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot read checkpoint {path}: {error.strerror or error}"
+        ) from error
     except Exception as error:  # zip, pickle and torch each raise their own
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read: it is truncated, damaged, or holds code\n"
+            f"{path} cannot be read as a checkpoint: it is truncated, damaged, or holds code\n"
             "take an earlier checkpoint with --ckpt_path PATH, or train anew"
         ) from error
     if not isinstance(checkpoint, dict) or not all(

@@ -2,18 +2,18 @@
 
     prompt -> window -> GPT with a KVCache -> logits (B, V) -> sample -> id -> window -> ...
 
-A network looks at no more than block_size characters. When a text has outgrown that, its newest half
-is read afresh, and generation goes on from there: the network always sees at least half a window,
-and a character costs the same however long the text. (Simply dropping the oldest character would
-not do: in all layers but the first, what is remembered of the others was computed while it was
-still there; and learned positions would all move by one.)
+A network looks at no more than block_size characters. When a text has outgrown that, its newest
+half is read afresh, and generation goes on from there: the network always sees at least half a
+window, and a character costs the same however long the text. (Simply dropping the oldest character
+would not do: in all layers but the first, what is remembered of the others was computed while it
+was still there; and learned positions would all move by one.)
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +39,24 @@ class GenerationConfig:
     top_k: int | None = None
     """Sample among this many of the most likely characters."""
     top_p: float | None = None
-    """Nucleus sampling: among the fewest most likely characters that have this probability together
-    (Holtzman et al. 2019, arXiv:1904.09751), after temperature and top_k."""
+    """Nucleus sampling: among the fewest most likely characters that have this probability
+    together (Holtzman et al. 2019, arXiv:1904.09751), after temperature and top_k."""
     stop: list[str] | str | None = field(default_factory=list)
     """End before the first of these strings that is written after the prompt. On the command line a
     list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
     """Seed of the random choices; another seed, another text."""
     exact_window: bool = False
-    """Past block_size characters, look at exactly the newest block_size, and read them all again for
-    each character: slow. Otherwise the window falls to its newest half whenever it is full."""
+    """Past block_size characters, look at exactly the newest block_size, and read them all again
+    for each character: slow. Otherwise the window falls to its newest half whenever it is full."""
 
     def __post_init__(self) -> None:
         if self.max_new_chars < 0:
             raise ValueError(f"max_new_chars is {self.max_new_chars}; it must be at least 0")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or a positive number")
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be 0 or a positive number"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -127,7 +129,7 @@ def sample(logits: Tensor, config: GenerationConfig, uniforms: Tensor) -> Tensor
 class Chunk(NamedTuple):
     """What is new of one text. The last of each is marked, and may be empty."""
 
-    index: int  # of the text among the prompts
+    row: int  # of the text among the prompts
     ids: list[int]
     last: bool
 
@@ -136,7 +138,7 @@ class Chunk(NamedTuple):
 class SequenceState:
     """A text while it is generated."""
 
-    index: int  # among the prompts
+    row: int  # among the prompts
     sample: int
     length: int  # characters in all, those of the prompt included
     window: list[int]  # the newest ids, which the network looks at
@@ -150,10 +152,12 @@ class SequenceState:
         tails = [(start, self.held[start:]) for start in range(len(self.held))]
         for start, tail in tails:
             if tail in stops:
-                return Chunk(self.index, self.held[:start], True)
-        begins = (start for start, tail in tails if any(stop[: len(tail)] == tail for stop in stops))
+                return Chunk(self.row, self.held[:start], True)
+        begins = (
+            start for start, tail in tails if any(stop[: len(tail)] == tail for stop in stops)
+        )
         free = len(self.held) if last else next(begins, len(self.held))
-        chunk = Chunk(self.index, self.held[:free], last)
+        chunk = Chunk(self.row, self.held[:free], last)
         self.held = self.held[free:]
         return chunk
 
@@ -195,14 +199,14 @@ def generate(
         what is new of each text after one step, never empty but perhaps the last of a text
     """
     if config.max_new_chars == 0:
-        yield [Chunk(index, [], True) for index in range(len(prompts))]
+        yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
     block_size, stops = gpt.config.block_size, [list(stop) for stop in stops]
     least = window_length(block_size + 1, block_size, config.exact_window)
     texts = []
-    for index, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts):
         window = list(prompt[-window_length(len(prompt), block_size, config.exact_window) :])
-        texts.append(SequenceState(index, samples[index] if samples else 0, len(prompt), window))
+        texts.append(SequenceState(row, samples[row] if samples else 0, len(prompt), window))
     network = inference_copy(gpt)
     cache = KVCache(gpt, len(texts), end=max(len(text.window) for text in texts) - 1)
     prefill(network, cache, texts, range(len(texts)))
@@ -256,7 +260,7 @@ def inference_copy(gpt: GPT) -> GPT:
     weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
     copy = deepcopy(gpt, weights).eval()
     modules = list(copy.modules())
-    forwards = {kind: kind.forward for kind in map(type, modules)}
+    forwards: dict[type, Any] = {type(module): type(module).forward for module in modules}
     forwards[nn.Dropout] = nn.Identity.forward
     kinds = {kind: type(kind.__name__, (kind,), {"__call__": f}) for kind, f in forwards.items()}
     for module in modules:

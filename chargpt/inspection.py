@@ -4,10 +4,10 @@
     ids = torch.tensor([model.encode("ROMEO:")])
     with inspect(model.gpt) as seen:
         model.gpt(ids)
-    seen[0].attention[0, 1]    # layer 0, head 1: how much each character (row) looks at each (column)
+    seen[0].attention[0, 1]    # layer 0, head 1: how much each character (row) looks at the others
 
-Nothing of this costs anything while it is not used: the network computes attention in one kernel that
-never holds the weights, and here they are computed once more beside it.
+Nothing of this costs anything while it is not used: the network computes attention in one kernel
+that never holds the weights, and here they are computed once more beside it.
 """
 
 import math
@@ -47,7 +47,10 @@ def inspect(gpt: GPT) -> Iterator[list[Layer]]:
     def after_block(module: Block, args: tuple, output: Tensor) -> None:
         seen.append(Layer(weights.pop(), output.detach()))
 
-    hooks = [block.attention.register_forward_hook(after_attention) for block in gpt.blocks]
+    hooks = [
+        block.get_submodule("attention").register_forward_hook(after_attention)
+        for block in gpt.blocks
+    ]
     hooks += [block.register_forward_hook(after_block) for block in gpt.blocks]
     try:
         yield seen

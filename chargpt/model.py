@@ -12,7 +12,7 @@ residual blocks of GPT-2); what has been found since then is one switch each in 
 
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-def check_type(name: str, value: object, declared: type) -> None:
+def check_type(name: str, value: object, declared: Any) -> None:
     """Raise a ValueError unless `value` is of the type that its field declares."""
     if get_origin(declared) is Literal:
         if value not in (choices := get_args(declared)):
@@ -202,8 +202,8 @@ class KVCache:
 
         Returns:
             positions: of the new characters in their texts, (T,), or (B, T) where they differ.
-            mask: true where a new character may look, (1, 1, T, S) or (B, 1, T, S); None for one new
-                character that sees all, or T that begin their texts.
+            mask: true where a new character may look, (1, 1, T, S) or (B, 1, T, S); None for one
+                new character that sees all, or T that begin their texts.
             layers: the cache of each layer.
         """
         if self.end + T > self.memory.size(-2):
@@ -398,16 +398,15 @@ class GPT(nn.Module):
         2 * n_layer branches add up in the residual stream: scaling each by 1 / sqrt(2 * n_layer)
         keeps its variance from growing with depth.
         """
+        scale = 0.0 if self.config.zero_init else (2 * self.config.n_layer) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        zero_init = self.config.zero_init
-        for block in self.blocks:
-            for projection in (block.attention.projection, block.feed_forward.projection):
-                projection.weight.mul_(0.0 if zero_init else (2 * len(self.blocks)) ** -0.5)
-        if zero_init:
+            if name.endswith("projection.weight"):
+                parameter.mul_(scale)
+        if self.config.zero_init:
             self.head.weight.zero_()
         if self.trigram_embedding is not None:
             self.trigram_embedding.table.weight.zero_()
@@ -432,7 +431,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{length} positions asked for, but block_size is {self.config.block_size}"
             )
-        mask, layers = None, [None] * len(self.blocks)
+        mask: Tensor | None = None
+        layers: list[Any] = [None] * len(self.blocks)  # a LayerCache each, if there is a cache
         if cache is None:
             positions = torch.arange(T, device=ids.device)
         else:

@@ -20,7 +20,7 @@ MAX_ROWS = 64  # texts in one batch: at the base size their KV cache takes 450 M
 class TextChunk(NamedTuple):
     """What is new of one of several texts. The last of each is marked, and may be empty."""
 
-    index: int  # of the text: prompt * num_samples + sample
+    row: int  # of the text: prompt * num_samples + sample
     text: str
     last: bool
 
@@ -36,10 +36,8 @@ class Score(NamedTuple):
 class TextGenerator(nn.Module):
     """A GPT and its Vocabulary.
 
-    `complete`, `stream`, `complete_all` and `write` take the fields of `GenerationConfig` by name:
-    max_new_chars, temperature, top_k, top_p, stop, seed, exact_window. An empty prompt starts from a
-    newline, or from the vocabulary's first character where it has no newline. `GenerationConfig`
-    says what each of them does, and what happens past block_size characters.
+    `complete`, `stream` and `complete_all` take the fields of `GenerationConfig` by name. An empty
+    prompt starts from a newline, or from the vocabulary's first character where it has no newline.
 
     They raise ValueError for a setting that means nothing and UnknownCharacterError (a ValueError
     too) for a prompt or stop string with a character that the network has never seen.
@@ -72,7 +70,7 @@ class TextGenerator(nn.Module):
         prompts = [prompt or self.opening for prompt in prompts]
         texts = [prompt for prompt in prompts for _ in range(num_samples)]
         for chunk in self.write(prompts, GenerationConfig(**settings), num_samples):
-            texts[chunk.index] += chunk.text
+            texts[chunk.row] += chunk.text
         return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
     def write(
@@ -93,8 +91,8 @@ class TextGenerator(nn.Module):
             for first in range(0, len(rows), MAX_ROWS):
                 batch = slice(first, first + MAX_ROWS)
                 steps = generate(self.gpt, rows[batch], config, samples[batch], stops)
-                for index, ids, last in (chunk for step in steps for chunk in step):
-                    yield TextChunk(first + index, "".join([characters[id] for id in ids]), last)
+                for row, ids, last in (chunk for step in steps for chunk in step):
+                    yield TextChunk(first + row, "".join([characters[id] for id in ids]), last)
 
         return chunks()
 
@@ -132,11 +130,11 @@ class TextGenerator(nn.Module):
             ),
             (inputs[None, whole:], targets[None, whole:]),
         ]
-        network, losses = inference_copy(gpt), []
+        network, parts = inference_copy(gpt), []
         for x, y in (batch for batch in batches if batch[0].numel()):
             logits = network(x).flatten(0, 1).float()
-            losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
-        losses = torch.cat(losses)
+            parts.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
+        losses = torch.cat(parts)
         nats = losses.double().mean().item()
         return Score(nats, nats / math.log(2), losses)
 

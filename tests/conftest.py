@@ -16,13 +16,32 @@ import pytest
 import torch
 
 from chargpt.cli.main import main
+from chargpt.data import corpus as finding
 from chargpt.training import callbacks
 
 # The same examples each time; other ones: pytest --hypothesis-profile=default
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
-WORDS = "the a king queen speaks walks sings to of and but never always crown sword garden night".split()
+WORDS = [
+    "the",
+    "a",
+    "king",
+    "queen",
+    "speaks",
+    "walks",
+    "sings",
+    "to",
+    "of",
+    "and",
+    "but",
+    "never",
+    "always",
+    "crown",
+    "sword",
+    "garden",
+    "night",
+]
 
 TINY = """\
 seed_everything: 7
@@ -59,6 +78,20 @@ def alone(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The user's cache is a folder of the test's own, and no environment variable names another."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(finding, "cache_dir", lambda: folder)
+    monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
 @pytest.fixture(scope="session")
 def text() -> str:
     """2,000 characters of 23 kinds, the same each time."""
@@ -75,7 +108,11 @@ def command() -> Callable[..., Result]:
         before, out, err, status = os.getcwd(), io.StringIO(), io.StringIO(), 0
         os.chdir(folder)
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("default")  # says each again
                 try:
                     main(list(args))

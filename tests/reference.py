@@ -171,7 +171,9 @@ def window_by_the_rule(ids: list[int], block_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def write_greedily(network: nn.Module, prompt: list[int], n: int, exact_window: bool = False) -> list[int]:
+def write_greedily(
+    network: nn.Module, prompt: list[int], n: int, exact_window: bool = False
+) -> list[int]:
     """The prompt and the n most likely ids after it, each window read from its beginning."""
     ids = list(prompt)
     for _ in range(n):

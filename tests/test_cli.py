@@ -75,7 +75,9 @@ def test_a_run_leaves_its_best_and_last_checkpoint_and_its_settings(trained):
 def test_tensorboard_gets_scalars_samples_and_the_best_loss(trained):
     found = events(trained / RUN)
     tags = found.Tags()
-    assert {"train_loss", "val_loss", "val_bpc", "lr", "chars_per_second", "best_val_loss"} <= set(tags["scalars"])
+    assert {"train_loss", "val_loss", "val_bpc", "lr", "chars_per_second", "best_val_loss"} <= set(
+        tags["scalars"]
+    )
     assert {"sample/text_summary"} <= set(tags["tensors"])
     assert [sample.step for sample in found.Tensors("sample/text_summary")] == [4, 8]
     assert [point.step for point in found.Scalars("val_loss")] == [3, 7]  # Lightning counts from 0
@@ -96,7 +98,10 @@ def test_validate_prints_the_loss_in_full_and_leaves_nothing_behind(trained, com
 
 
 def test_the_validation_loss_does_not_depend_on_the_batch_size(trained, command):
-    losses = [float(command(trained, "validate", f"--data.batch_size={n}").out.split()[1]) for n in (1, 7, 64)]
+    losses = [
+        float(command(trained, "validate", f"--data.batch_size={n}").out.split()[1])
+        for n in (1, 7, 64)
+    ]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
@@ -120,15 +125,29 @@ def test_predict_writes_the_text_and_nothing_else_to_standard_output(trained, co
 
 def test_predict_takes_prompts_and_stops_and_gives_lines_of_json(run, command, monkeypatch):
     (run / "prompts.txt").write_text("The king\n\nof\n")
-    settings = ("--generate.max_new_chars=30", '--generate.stop=["e", "\\n\\n"]', "--generate.exact_window=true")
-    files = ("--generate.prompts=prompts.txt", "--generate.output=texts.jsonl", "--generate.format=jsonl")
+    settings = (
+        "--generate.max_new_chars=30",
+        '--generate.stop=["e", "\\n\\n"]',
+        "--generate.exact_window=true",
+    )
+    files = (
+        "--generate.prompts=prompts.txt",
+        "--generate.output=texts.jsonl",
+        "--generate.format=jsonl",
+    )
     result = command(run, "predict", "--generate.num_samples=2", *settings, *files)
     assert (result.status, result.out) == (0, "")
     monkeypatch.chdir(run)
     texts = chargpt.load().complete_all(
-        ["The king", "", "of"], num_samples=2, max_new_chars=30, stop=["e", "\n\n"], exact_window=True
+        ["The king", "", "of"],
+        num_samples=2,
+        max_new_chars=30,
+        stop=["e", "\n\n"],
+        exact_window=True,
     )
-    lines = [json.loads(line) for line in (run / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (run / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["text"] for line in lines] == sum(texts, [])
     assert lines[0]["settings"]["stop"] == ["e", "\n\n"]
 
@@ -143,7 +162,9 @@ def test_an_interrupted_predict_ends_with_130(trained, command, monkeypatch):
     assert "Traceback" not in result.err
 
 
-def test_predict_and_validate_need_neither_the_folder_nor_a_configuration(trained, command, tmp_path):
+def test_predict_and_validate_need_neither_the_folder_nor_a_configuration(
+    trained, command, tmp_path
+):
     checkpoint = f"--ckpt_path={trained / RUN / 'checkpoints/last.ckpt'}"
     assert command(tmp_path, "predict", checkpoint, "--generate.max_new_chars=5").status == 0
     assert command(tmp_path, "validate", checkpoint).out.startswith("val_loss")
@@ -181,13 +202,18 @@ def test_going_on_with_what_is_complete_says_so(run, command):
     result = command(run, "fit", "--ckpt_path=last")
     assert (result.status, result.err.splitlines()) == (
         0,
-        ["nothing to do: the checkpoint is of step 8, trainer.max_steps is 8", "give a larger --trainer.max_steps to train on"],
+        [
+            "nothing to do: the checkpoint is of step 8, trainer.max_steps is 8",
+            "give a larger --trainer.max_steps to train on",
+        ],
     )
 
 
 def test_the_config_of_a_run_that_went_on_starts_anew(run, command):
     command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=10")
-    assert command(run, "fit", f"--config={RUN / 'config.yaml'}", "--trainer.max_steps=2").status == 0
+    assert (
+        command(run, "fit", f"--config={RUN / 'config.yaml'}", "--trainer.max_steps=2").status == 0
+    )
     assert read(run / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 2
 
 
@@ -195,11 +221,22 @@ def test_the_config_of_a_run_that_went_on_starts_anew(run, command):
 def test_ctrl_c_saves_and_the_run_goes_on(folder, command):
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "chargpt", "fit", "--config=tiny.yaml", "--trainer.max_steps=1000000"],
+            [
+                sys.executable,
+                "-m",
+                "chargpt",
+                "fit",
+                "--config=tiny.yaml",
+                "--trainer.max_steps=1000000",
+            ],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": str(Path(chargpt.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(chargpt.__file__).parents[1]),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         deadline = time.monotonic() + 180
         while not list(folder.glob(f"{RUN}/checkpoints/*")) and time.monotonic() < deadline:
@@ -257,17 +294,26 @@ def went_on(trained, tmp_path_factory, command) -> dict:
     return read(folder / RUN / "checkpoints/last.ckpt")
 
 
-@pytest.mark.parametrize("setting", ["model.lr=0.5", "model.dropout=0.4", "data.batch_size=2", "seed_everything=8"])
+@pytest.mark.parametrize(
+    "setting", ["model.lr=0.5", "model.dropout=0.4", "data.batch_size=2", "seed_everything=8"]
+)
 def test_what_is_typed_on_going_on_takes_effect(run, went_on, command, setting):
-    assert command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=10", f"--{setting}").status == 0
+    assert (
+        command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=10", f"--{setting}").status
+        == 0
+    )
     ours = read(run / RUN / "checkpoints/last.ckpt")
-    assert any(not torch.equal(w, went_on["state_dict"][name]) for name, w in ours["state_dict"].items())
+    assert any(
+        not torch.equal(w, went_on["state_dict"][name]) for name, w in ours["state_dict"].items()
+    )
     name = setting.split("=")[0].split(".")[-1].replace("seed_everything", "seed")
     saved = {**ours["hyper_parameters"], **ours["datamodule_hyper_parameters"]}
     assert saved[name] == ast.literal_eval(setting.split("=")[1])
 
 
-@pytest.mark.parametrize("setting", ["model.n_embd=16", "model.n_head=1", "model.n_layer=2", "data.block_size=16"])
+@pytest.mark.parametrize(
+    "setting", ["model.n_embd=16", "model.n_head=1", "model.n_layer=2", "data.block_size=16"]
+)
 @pytest.mark.parametrize("name", ["fit", "validate"])
 def test_another_network_is_refused_with_a_reason(trained, command, name, setting):
     more = ["--ckpt_path=last", "--trainer.max_steps=20"] if name == "fit" else []
@@ -312,11 +358,20 @@ def test_print_config_gives_a_configuration(name, command, folder):
         (["--trainer.fast_dev_run=true"], []),
         (["--trainer.limit_val_batches=0"], ["lightning_logs/version_0/checkpoints/last.ckpt"]),
         (["--trainer.overfit_batches=1"], ["lightning_logs/version_0/checkpoints/last.ckpt"]),
-        (["--trainer.enable_progress_bar=false"], ["lightning_logs/version_0/checkpoints/last.ckpt"]),
+        (
+            ["--trainer.enable_progress_bar=false"],
+            ["lightning_logs/version_0/checkpoints/last.ckpt"],
+        ),
         (["--trainer.logger=false"], ["checkpoints/last.ckpt"]),
         (["--trainer.enable_checkpointing=false"], ["lightning_logs/version_0"]),
-        (["--trainer.default_root_dir=sub"], ["sub/lightning_logs/version_0/checkpoints/last.ckpt"]),
-        (["--trainer.accumulate_grad_batches=2"], ["lightning_logs/version_0/checkpoints/last.ckpt"]),
+        (
+            ["--trainer.default_root_dir=sub"],
+            ["sub/lightning_logs/version_0/checkpoints/last.ckpt"],
+        ),
+        (
+            ["--trainer.accumulate_grad_batches=2"],
+            ["lightning_logs/version_0/checkpoints/last.ckpt"],
+        ),
     ],
     ids=lambda value: value[0].split(".")[-1] if value and value[0].startswith("--") else "",
 )
@@ -363,7 +418,9 @@ def test_the_summary_says_what_is_trained_on_what(folder, command):
     block = 8 * 24 + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 2 * 16
     parameters = embeddings + block + 16 + (8 * characters + characters)
     assert f"model    {parameters:,} parameters" in result.err
-    assert f"2,000 characters, {characters} different; 1,600 to train, 200 to validate" in result.err
+    assert (
+        f"2,000 characters, {characters} different; 1,600 to train, 200 to validate" in result.err
+    )
     assert "device   cpu, precision 32-true" in result.err
 
 
@@ -377,7 +434,12 @@ def test_a_long_run_without_a_gpu_is_announced(folder, command, monkeypatch):
 
 
 def test_bf16_on_a_processor_without_it_is_a_warning(folder, command, monkeypatch):
-    args = ["fit", "--config=tiny.yaml", "--trainer.precision=bf16-mixed", "--trainer.fast_dev_run=true"]
+    args = [
+        "fit",
+        "--config=tiny.yaml",
+        "--trainer.precision=bf16-mixed",
+        "--trainer.fast_dev_run=true",
+    ]
     for slowdown, warned in ((1.0, False), (50.0, True)):
         monkeypatch.setattr(callbacks, "slowdown_of_bf16", lambda: slowdown)
         result = command(folder, *args)
@@ -404,8 +466,12 @@ def test_a_fallback_is_announced_and_recorded(folder, command):
 
 def test_warnings_of_libraries_stay_silent(trained, command, monkeypatch):
     def noisy(*args):
-        warnings.warn_explicit("of a library", UserWarning, "/home/me/chargpt/.venv/lightning/loop.py", 1)
-        warnings.warn_explicit("of ours", UserWarning, str(Path(chargpt.__file__).parent / "data.py"), 1)
+        warnings.warn_explicit(
+            "of a library", UserWarning, "/home/me/chargpt/.venv/lightning/loop.py", 1
+        )
+        warnings.warn_explicit(
+            "of ours", UserWarning, str(Path(chargpt.__file__).parent / "data.py"), 1
+        )
         return [""]
 
     monkeypatch.setattr("chargpt.cli.predict.read_prompts", noisy)
@@ -546,7 +612,11 @@ def test_bad_input_is_a_plain_line(folder, command, args, status, words):
 
 
 def assert_plain(result, status: int, words: str) -> None:
-    lines = [line for line in result.err.splitlines() if not line.startswith(("checkpoint ", "warning: "))]
+    lines = [
+        line
+        for line in result.err.splitlines()
+        if not line.startswith(("checkpoint ", "warning: "))
+    ]
     assert (result.status, result.out) == (status, ""), result.err
     assert words in result.err
     assert lines[0].startswith("error: ")
@@ -562,7 +632,9 @@ class Touch:
 
 
 @pytest.mark.parametrize("name", ["fit", "validate", "predict"])
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "foreign", "vocabulary", "code", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "truncated", "foreign", "vocabulary", "code", "folder"]
+)
 def test_a_bad_checkpoint_is_refused(trained, folder, command, name, kind):
     path, pwned = folder / "bad.ckpt", folder / "pwned"
     whole = (trained / RUN / "checkpoints/last.ckpt").read_bytes()
@@ -575,7 +647,9 @@ def test_a_bad_checkpoint_is_refused(trained, folder, command, name, kind):
     elif kind == "code":
         torch.save({**read(trained / RUN / "checkpoints/last.ckpt"), "x": Touch(pwned)}, path)
     else:
-        path.write_bytes({"empty": b"", "text": b"not a checkpoint", "truncated": whole[: len(whole) // 2]}[kind])
+        path.write_bytes(
+            {"empty": b"", "text": b"not a checkpoint", "truncated": whole[: len(whole) // 2]}[kind]
+        )
     before = names(folder)
     assert_plain(command(folder, name, "--ckpt_path=bad.ckpt"), 1, "checkpoint")
     assert not pwned.exists()
@@ -593,7 +667,9 @@ def test_an_unknown_character_in_a_prompt_is_named(trained, command):
 def test_a_text_with_other_characters_is_refused_on_going_on(run, command):
     (run / "other.txt").write_text("Quite another text! " * 100)
     before = names(run)
-    result = command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=9", "--data.corpus=other.txt")
+    result = command(
+        run, "fit", "--ckpt_path=last", "--trainer.max_steps=9", "--data.corpus=other.txt"
+    )
     assert (result.status, "Traceback" in result.err) == (1, False)
     assert "are not those of this text" in result.err
     assert read(run / RUN / "checkpoints/last.ckpt")["global_step"] == 8
@@ -607,7 +683,9 @@ def test_a_test_without_a_test_split_says_how_to_get_one(run, command):
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(folder, command):
     args = ["fit", "--config=tiny.yaml", "--trainer.max_steps=8"]
     assert command(folder, *args).status == 0
-    result = command(folder, *args[:2], "--ckpt_path=last", "--trainer.max_steps=20", "--model.lr=1e38")
+    result = command(
+        folder, *args[:2], "--ckpt_path=last", "--trainer.max_steps=20", "--model.lr=1e38"
+    )
     assert result.status == 1
     assert "Traceback" not in result.err
     assert "step 10" in result.err.splitlines()[-2]
@@ -618,7 +696,13 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(f
 def test_a_run_that_fails_before_its_first_step_leaves_no_folder(trained, folder, command):
     (folder / "other.txt").write_text("Quite another text! " * 100)
     checkpoint = trained / RUN / "checkpoints/last.ckpt"
-    result = command(folder, "fit", f"--ckpt_path={checkpoint}", "--trainer.max_steps=9", "--data.corpus=other.txt")
+    result = command(
+        folder,
+        "fit",
+        f"--ckpt_path={checkpoint}",
+        "--trainer.max_steps=9",
+        "--data.corpus=other.txt",
+    )
     assert result.status == 1
     assert not (folder / "lightning_logs").exists()
 

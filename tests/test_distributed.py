@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
-
-from chargpt import corpus
-from chargpt.corpus import UnavailableError
-from chargpt.checkpoints import read_checkpoint
 from test_resume import StopAt
-from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
+from tiny import (
+    MUON,
+    assert_same,
+    last,
+    make_data,
+    make_module,
+    make_trainer,
+    open_text,
+    write_text,
+)
+
+from chargpt.checkpoints import read_checkpoint
+from chargpt.data.corpus import NAMED_TEXTS, UnavailableError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 
@@ -23,7 +31,13 @@ class Record(Callback):
     """What each rank read and logged, in a file of its own."""
 
     def __init__(self, folder) -> None:
-        self.folder, self.batches, self.own, self.train_losses, self.val_losses = folder, [], [], [], []
+        self.folder, self.batches, self.own, self.train_losses, self.val_losses = (
+            folder,
+            [],
+            [],
+            [],
+            [],
+        )
 
     def on_train_batch_end(self, trainer, module, outputs, batch, *_) -> None:
         self.batches.append(batch)
@@ -32,7 +46,9 @@ class Record(Callback):
 
     def on_validation_end(self, trainer, module) -> None:
         self.val_losses.append(trainer.callback_metrics["val_loss"].item())
-        record = dict(batches=self.batches, own=self.own, train=self.train_losses, val=self.val_losses)
+        record = dict(
+            batches=self.batches, own=self.own, train=self.train_losses, val=self.val_losses
+        )
         torch.save(record, self.folder / f"rank{trainer.global_rank}.pt")
 
 
@@ -40,7 +56,12 @@ def train(folder, *callbacks, data=None, model=None, ckpt_path=None, **settings)
     folder.mkdir(exist_ok=True)
     trainer = make_trainer(folder, Record(folder), *callbacks, **settings)
     data = make_data(folder, **data or {})
-    trainer.fit(make_module(**{"dropout": 0.0} | (model or {})), data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(
+        make_module(**{"dropout": 0.0} | (model or {})),
+        data,
+        ckpt_path=ckpt_path,
+        weights_only=True,
+    )
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
 
 
@@ -98,13 +119,17 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, n
 
 
 def test_all_ranks_take_the_fallback_that_the_first_had_to_take(tmp_path, monkeypatch):
-    def not_to_be_had(places):
+    def not_to_be_had(folders):
+        (tmp_path / "asked for").touch()
         raise UnavailableError("no network")
 
-    monkeypatch.setattr(corpus, "_tiny_shakespeare", not_to_be_had)
-    fallback = dict(corpus="tiny-shakespeare", fallback_corpus="python-reference", val_fraction=0.001)
+    monkeypatch.setitem(NAMED_TEXTS, "tiny-shakespeare", not_to_be_had)
+    fallback = dict(
+        corpus="tiny-shakespeare", fallback_corpus="python-reference", val_fraction=0.001
+    )
     first, second = train(tmp_path, data=fallback, max_steps=2, **TWO)
-    text = corpus.open_corpus("python-reference", tmp_path / "cache").tokens
+    assert (tmp_path / "asked for").exists()
+    text = open_text("python-reference", tmp_path / "cache").tokens
     windows = np.lib.stride_tricks.sliding_window_view(text, 9)
     for record in (first, second):
         block = record["batches"][0][0].numpy()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import reference_of, window_by_the_rule, write_greedily
 
 from chargpt.generation import (
     GenerationConfig,
@@ -23,7 +24,6 @@ from chargpt.generation import (
     window_length,
 )
 from chargpt.model import GPT, GPTConfig, KVCache
-from reference import reference_of, window_by_the_rule, write_greedily
 
 VOCAB_SIZE = 11
 SIZES = dict(block_size=10, n_embd=16, n_head=2, n_layer=2)
@@ -147,7 +147,8 @@ def test_greedy_texts_are_those_of_the_slow_way(switches, exact, block_size):
     lengths = sorted({1, max(block_size - 1, 1), block_size, 3 * block_size})
     prompts = [random_prompt(length, seed=length) for length in lengths]
     expected = [
-        write_greedily(reference, prompt, 3 * block_size, exact)[len(prompt) :] for prompt in prompts
+        write_greedily(reference, prompt, 3 * block_size, exact)[len(prompt) :]
+        for prompt in prompts
     ]
     for prompt, text in zip(prompts, expected):
         assert write(gpt, [prompt], 3 * block_size, GREEDY, exact_window=exact) == [text]
@@ -181,8 +182,8 @@ def test_each_text_is_the_same_alone_and_in_any_batch(switches):
     samples = list(range(8))
     stops = [[1, 2], [3], [0, 0, 0]]
     together = write(gpt, prompts, 50, samples=samples, stops=stops)
-    for prompt, sample, text in zip(prompts, samples, together):
-        assert write(gpt, [prompt], 50, samples=[sample], stops=stops) == [text]
+    for prompt, number, text in zip(prompts, samples, together):
+        assert write(gpt, [prompt], 50, samples=[number], stops=stops) == [text]
     assert len({len(text) for text in together}) > 3, "they should have left the batch one by one"
 
 
@@ -254,7 +255,9 @@ def test_memory_does_not_grow_with_the_text():
     finally:
         tracemalloc.stop()
     assert tensors_later <= tensors + 1000
-    assert python_later < python + 80_000  # 300 characters of 64 texts, kept as ids, are 153,600 bytes
+    assert (
+        python_later < python + 80_000
+    )  # 300 characters of 64 texts, kept as ids, are 153,600 bytes
 
 
 # ---- the choice ----
@@ -278,7 +281,9 @@ def stated_distribution(logits: list[float], sampling: GenerationConfig) -> list
     weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
     if sampling.top_k is not None:
         likeliest_first = likeliest_first[: sampling.top_k]
-    if sampling.top_p is not None and sampling.top_p < 1:  # a sum meets 1 before the unlikely are in it
+    if (
+        sampling.top_p is not None and sampling.top_p < 1
+    ):  # a sum meets 1 before the unlikely are in it
         total, together, kept = math.fsum(weights[id] for id in likeliest_first), 0.0, []
         for id in likeliest_first:
             kept.append(id)
@@ -372,7 +377,7 @@ def test_random_numbers_are_uniform_and_independent(draw):
     """Counters lie close together; their random numbers must not."""
     n = 20_000
     numbers = [draw(i) for i in range(n)]
-    assert 0 <= min(numbers) and max(numbers) < 1 and len(set(numbers)) > n - 10
+    assert min(numbers) >= 0 and max(numbers) < 1 and len(set(numbers)) > n - 10
     for bins in (lambda x: int(x * 10), lambda x: int(x * 1e5) % 10):  # high and low digits
         drawn = [bins(number) for number in numbers]
         assert p_value(Counter(drawn), [0.1] * 10, n) > 0.001
@@ -390,7 +395,9 @@ def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
     """Pearson's chi-squared test; nothing impossible may be drawn at all."""
     possible = [id for id, p in enumerate(probabilities) if p > 0]
     assert set(drawn) <= set(possible)
-    statistic = sum((drawn[id] - n * probabilities[id]) ** 2 / (n * probabilities[id]) for id in possible)
+    statistic = sum(
+        (drawn[id] - n * probabilities[id]) ** 2 / (n * probabilities[id]) for id in possible
+    )
     freedom = torch.tensor((len(possible) - 1) / 2)
     return torch.special.gammaincc(freedom, torch.tensor(statistic / 2)).item()
 

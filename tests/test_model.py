@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import named_as_in_gpt, reference_of
 
 from chargpt.model import GPT, GPTConfig
-from reference import named_as_in_gpt, reference_of
 
 SIZES = dict(block_size=12, n_embd=24, n_head=3, n_layer=2)
 SWITCHES = {
@@ -16,9 +16,7 @@ SWITCHES = {
     "gelu": dict(activation="gelu"),
     "relu2": dict(activation="relu2"),
     "trigrams": dict(trigram_rows=37),
-    "all": dict(
-        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37
-    ),
+    "all": dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37),
 }
 
 
@@ -60,7 +58,9 @@ def test_logits_and_gradients_are_those_of_the_textbook(switches):
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
     for name, parts in named_as_in_gpt(reference).items():
         expected = torch.cat([part.grad for part in parts])
-        torch.testing.assert_close(gradients[name], expected, rtol=0, atol=2e-6, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradients[name], expected, rtol=0, atol=2e-6, msg=lambda m: f"{name}: {m}"
+        )
         assert expected.abs().max() > 1e-3, f"{name}: a gradient of nothing proves nothing"
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
-
-from chargpt.training.module import GPTModule
-from chargpt.checkpoints import CheckpointError, read_checkpoint
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
+
+from chargpt.checkpoints import CheckpointError, read_checkpoint
+from chargpt.training.module import GPTModule
 
 
 class Watch(Callback):
@@ -87,7 +87,11 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
     path.write_text("the cat sat on a mat" + "\n" * 3)
     data = dict(block_size=19, batch_size=4, val_fraction=0.1)
     watch, _, _ = train(
-        tmp_path, model=dict(block_size=19, dropout=0.0, n_embd=32), data=data, max_steps=150, val_check_interval=150
+        tmp_path,
+        model=dict(block_size=19, dropout=0.0, n_embd=32),
+        data=data,
+        max_steps=150,
+        val_check_interval=150,
     )
     assert watch.losses[0] > 2 and watch.losses[-1] < 0.05
 
@@ -95,7 +99,9 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
 def test_the_seed_decides_weights_batches_and_masks(tmp_path):
     def losses(**seeds):
         torch.manual_seed(torch.seed())  # what the process did before does not matter
-        return train(tmp_path, data=dict(seed=seeds["data"]), model=dict(seed=seeds["model"]), max_steps=3)[0].losses
+        return train(
+            tmp_path, data=dict(seed=seeds["data"]), model=dict(seed=seeds["model"]), max_steps=3
+        )[0].losses
 
     same = losses(model=1, data=1)
     assert same == losses(model=1, data=1)
@@ -142,12 +148,16 @@ def test_contexts_grow(tmp_path):
 def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
     """Ten steps go the way that they go in float32."""
     model = model | dict(dropout=0.0)
-    trainer = dict(max_steps=10, limit_val_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    trainer = dict(
+        max_steps=10, limit_val_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.1
+    )
     _, low, _ = train(tmp_path, model=model, precision=precision, **trainer)
     _, full, _ = train(tmp_path, model=model, **trainer)
     start = make_module(**model)
     start.build(full.vocabulary)
-    begin, a, b = (torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full))
+    begin, a, b = (
+        torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full)
+    )
     assert torch.cosine_similarity(a - begin, b - begin, dim=0) > 0.9
 
 
@@ -159,7 +169,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             gradients.append([p.grad.clone() for p in module.parameters()])
 
-    train(tmp_path, Keep(), model=model, max_steps=1, accumulate_grad_batches=4, data=dict(batch_size=2))
+    train(
+        tmp_path,
+        Keep(),
+        model=model,
+        max_steps=1,
+        accumulate_grad_batches=4,
+        data=dict(batch_size=2),
+    )
     data = make_data(tmp_path, batch_size=2)
     data.setup()
     blocks = torch.cat([batch for _, batch in zip(range(4), data.train_dataloader())]).long()
@@ -202,7 +219,9 @@ def test_going_on_counts_the_time_already_spent(tmp_path, clock):
     model, limits = dict(schedule="linear"), dict(max_time=dict(seconds=5))
     train(tmp_path, clock, model=model, max_steps=3, **limits)
     clock.now += 1000  # between the two
-    watch, _, trainer = train(tmp_path, clock, model=model, max_steps=-1, ckpt_path=last(tmp_path), **limits)
+    watch, _, trainer = train(
+        tmp_path, clock, model=model, max_steps=-1, ckpt_path=last(tmp_path), **limits
+    )
     assert [lrs[0] / 0.01 for lrs in watch.lrs] == pytest.approx([0.4, 0.2])
     assert trainer.global_step == 5
 

@@ -50,7 +50,10 @@ def test_orthogonalize_of_nothing_is_nothing():
 def test_adamw_part_is_torchs_adamw(weight_decay):
     ours, theirs = parameters((6, 4), (5,)), parameters((6, 4), (5,))
     settings = dict(lr=1e-2, betas=(0.8, 0.97), weight_decay=weight_decay)
-    mine, reference = MuonAdamW([dict(params=ours, **settings)]), torch.optim.AdamW(theirs, **settings)
+    mine, reference = (
+        MuonAdamW([dict(params=ours, **settings)]),
+        torch.optim.AdamW(theirs, **settings),
+    )
     for step in range(10):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -87,7 +90,9 @@ def test_muon_moves_matrices_together_as_one_by_one(parts):
             seen.append(p.grad.clone())
         optimizer.step()
     for p, start, seen in zip(params, begin, gradients):
-        torch.testing.assert_close(p.detach(), muon_alone(start, seen, **settings), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            p.detach(), muon_alone(start, seen, **settings), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_state_survives_exactly():

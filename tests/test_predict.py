@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_text_generator import make_generator
 
 from chargpt.cli.predict import SEPARATOR, one_by_one, predict
-from chargpt.vocabulary import UnknownCharacterError
 from chargpt.generation import GenerationConfig
 from chargpt.text_generator import TextChunk, TextGenerator
-from test_text_generator import make_generator
+from chargpt.vocabulary import UnknownCharacterError
 
 GENERATOR = make_generator()
 
@@ -59,7 +59,9 @@ def test_prompts_of_a_file(capsys, tmp_path):
         texts = [
             text
             for prompt in ("abc", "\n", "café dead")
-            for text in GENERATOR.complete_all([prompt], num_samples=2, max_new_chars=30, stop=["f", "é"])[0]
+            for text in GENERATOR.complete_all(
+                [prompt], num_samples=2, max_new_chars=30, stop=["f", "é"]
+            )[0]
         ]
         assert capsys.readouterr().out == SEPARATOR.join(map(line, texts))
 
@@ -80,7 +82,9 @@ def test_a_prompt_from_standard_input_is_taken_as_it_stands(capsys, monkeypatch)
 def test_json_lines(capsys):
     run(prompt="abc", num_samples=2, format="jsonl", seed=7, temperature=0.5, stop=["é"])
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    texts = GENERATOR.complete_all(["abc"], num_samples=2, max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
+    texts = GENERATOR.complete_all(
+        ["abc"], num_samples=2, max_new_chars=30, seed=7, temperature=0.5, stop=["é"]
+    )
     assert [(r["prompt"], r["text"], r["sample"], r["seed"]) for r in lines] == [
         ("abc", texts[0][0], 0, 7),
         ("abc", texts[0][1], 1, 7),
@@ -149,7 +153,12 @@ def test_a_pipe_without_a_name_is_written_to():
 @pytest.mark.parametrize("format", ["text", "jsonl"])
 def test_an_interruption_leaves_the_texts_so_far(capsys, tmp_path, monkeypatch, output, format):
     def interrupted(*_):
-        yield from [TextChunk(0, "a", False), TextChunk(1, "b", False), TextChunk(0, "c", False), TextChunk(1, "d", True)]
+        yield from [
+            TextChunk(0, "a", False),
+            TextChunk(1, "b", False),
+            TextChunk(0, "c", False),
+            TextChunk(1, "d", True),
+        ]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TextGenerator, "write", interrupted)
@@ -167,7 +176,12 @@ def test_pieces_are_shown_as_they_come():
     asked = []
 
     def pieces():
-        for piece in [TextChunk(0, "a", False), TextChunk(1, "b", False), TextChunk(0, "c", True), TextChunk(1, "d", True)]:
+        for piece in [
+            TextChunk(0, "a", False),
+            TextChunk(1, "b", False),
+            TextChunk(0, "c", True),
+            TextChunk(1, "d", True),
+        ]:
             asked.append(piece.text)
             yield piece
 
@@ -231,7 +245,11 @@ def test_what_is_wrong_is_said_before_anything_is_written(capsys, tmp_path, monk
         (dict(prompt="xyz"), UnknownCharacterError, "'x'"),
         (dict(prompts=str(tmp_path / "none.txt")), OSError, "none.txt"),
         (dict(prompts=str(empty)), ValueError, "empty.txt is empty"),
-        (dict(prompts=str(binary)), ValueError, "binary.txt is not UTF-8 text: invalid byte at offset 3"),
+        (
+            dict(prompts=str(binary)),
+            ValueError,
+            "binary.txt is not UTF-8 text: invalid byte at offset 3",
+        ),
     ]:
         with pytest.raises(error, match=message):
             run(output=str(file), **options)

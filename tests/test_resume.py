@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
-
-from chargpt.training.checkpointing import best_checkpoint_callback
-from chargpt.training.resume import LastCheckpoint
-from chargpt.training.module import TrainingError
-from chargpt.checkpoints import CheckpointError, read_checkpoint
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
+
+from chargpt.checkpoints import CheckpointError, read_checkpoint
+from chargpt.training.checkpointing import best_checkpoint_callback
+from chargpt.training.module import TrainingError
+from chargpt.training.resume import LastCheckpoint
 
 
 class Killed(BaseException):
@@ -47,24 +47,39 @@ class Scores(Callback):
         self.seen = []
 
     def on_validation_end(self, trainer, module) -> None:
-        self.seen.append((trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.callback_metrics["val_loss"].item()))
+        self.seen.append(
+            (
+                trainer.fit_loop.epoch_loop._batches_that_stepped,
+                trainer.callback_metrics["val_loss"].item(),
+            )
+        )
 
 
 def run(folder, *callbacks, ckpt_path=None, model=None, **settings):
     """Train in `folder`; what was scored, and the checkpoint at the end."""
     scores = Scores()
     trainer = make_trainer(folder, scores, *callbacks, **settings)
-    trainer.fit(make_module(**model or {}), make_data(folder), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(
+        make_module(**model or {}), make_data(folder), ckpt_path=ckpt_path, weights_only=True
+    )
     return scores.seen, read_checkpoint(last(folder))
 
 
 def assert_same_end(a, b) -> None:
     (scores_a, end_a), (scores_b, end_b) = a, b
-    for key in ("global_step", "state_dict", "optimizer_states", "vocabulary", "current_model_state"):
+    for key in (
+        "global_step",
+        "state_dict",
+        "optimizer_states",
+        "vocabulary",
+        "current_model_state",
+    ):
         assert_same(end_a.get(key), end_b.get(key))
     assert scores_b == scores_a[-len(scores_b) :]
     best_a, best_b = (
-        next(state for name, state in end["callbacks"].items() if name.startswith("ModelCheckpoint"))
+        next(
+            state for name, state in end["callbacks"].items() if name.startswith("ModelCheckpoint")
+        )
         for end in (end_a, end_b)
     )
     assert best_a["best_model_score"] == best_b["best_model_score"]
@@ -100,7 +115,11 @@ def recipe(request, tmp_path_factory):
         averaging = [EMAWeightAveraging(decay=0.5)] if average else []
         return run(folder, *averaging, *callbacks, **settings, **more)
 
-    return train, train(tmp_path_factory.mktemp("whole")), settings.get("accumulate_grad_batches", 1)
+    return (
+        train,
+        train(tmp_path_factory.mktemp("whole")),
+        settings.get("accumulate_grad_batches", 1),
+    )
 
 
 @pytest.mark.parametrize("hook, nth, by, left", INTERRUPTIONS)
@@ -166,7 +185,9 @@ def test_a_full_disk_costs_the_checkpoint_being_written_and_no_other(tmp_path, m
     with pytest.raises(CheckpointError, match="No space left on device"):
         run(tmp_path, ckpt_path=last(tmp_path))
     assert last(tmp_path).read_bytes() == before
-    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".ckpt"] * 2  # no half file
+    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [
+        ".ckpt"
+    ] * 2  # no half file
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
@@ -204,7 +225,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, where):
     torch.save(checkpoint, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError, match="holds code"):
         read_checkpoint(tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match="(?i)weights"):  # Lightning's own reading, as the command line asks for it
+    with pytest.raises(
+        Exception, match="(?i)weights"
+    ):  # Lightning's own reading, as the command line asks for it
         run(tmp_path, ckpt_path=tmp_path / "bad.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -244,5 +267,10 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every, step)
 
 def test_ctrl_c_saves_no_nan(tmp_path):
     with pytest.raises(TrainingError, match="nan at step 6"):
-        run(tmp_path, Poison(5), StopAt("on_train_batch_end", 6, signal.SIGINT), log_every_n_steps=100)
+        run(
+            tmp_path,
+            Poison(5),
+            StopAt("on_train_batch_end", 6, signal.SIGINT),
+            log_every_n_steps=100,
+        )
     assert read_checkpoint(last(tmp_path))["global_step"] == 4

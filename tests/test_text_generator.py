@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chargpt.model import GPT, GPTConfig
 from chargpt.checkpoints import CheckpointError
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary
 from chargpt.generation import GenerationConfig
+from chargpt.model import GPT, GPTConfig
 from chargpt.text_generator import MAX_ROWS, TextGenerator, load
+from chargpt.vocabulary import UnknownCharacterError, Vocabulary
 
 CHARACTERS = "\n abcdefé"
 SIZES = dict(block_size=8, n_embd=16, n_head=2, n_layer=2)
@@ -70,7 +70,9 @@ def test_more_texts_than_fit_in_one_batch():
     generator = make_generator()
     texts = generator.complete_all(["a", "b"], num_samples=MAX_ROWS, max_new_chars=3)
     assert [len(samples) for samples in texts] == [MAX_ROWS, MAX_ROWS]
-    assert texts[1][-1] == generator.complete_all(["b"], num_samples=MAX_ROWS, max_new_chars=3)[0][-1]
+    assert (
+        texts[1][-1] == generator.complete_all(["b"], num_samples=MAX_ROWS, max_new_chars=3)[0][-1]
+    )
 
 
 def test_stop_strings():
@@ -88,9 +90,9 @@ def test_a_stop_string_in_the_prompt_does_not_count():
     generator = make_generator()
     first = generator.complete("aaa", max_new_chars=1)[3]
     other = next(c for c in CHARACTERS if c != first)
-    assert generator.complete(other, max_new_chars=1, stop=[other + generator.complete(other, max_new_chars=1)[1]]) == (
-        generator.complete(other, max_new_chars=1)
-    )
+    assert generator.complete(
+        other, max_new_chars=1, stop=[other + generator.complete(other, max_new_chars=1)[1]]
+    ) == (generator.complete(other, max_new_chars=1))
 
 
 @torch.no_grad()
@@ -101,7 +103,11 @@ def test_the_exact_window_slides():
         ids.append(generator.gpt(torch.tensor([ids[-8:]]))[0, -1].argmax().item())
     text = "".join(CHARACTERS[id] for id in ids)
     settings = dict(max_new_chars=40, temperature=0)
-    assert generator.complete("abc", exact_window=True, **settings) == text != generator.complete("abc", **settings)
+    assert (
+        generator.complete("abc", exact_window=True, **settings)
+        == text
+        != generator.complete("abc", **settings)
+    )
 
 
 def test_an_empty_prompt_starts_from_a_newline_or_from_the_first_character():
@@ -183,14 +189,14 @@ def test_a_loaded_generator_writes_what_the_saved_one_did(tmp_path):
     assert generator.complete("abc", seed=2) == saved.complete("abc", seed=2)
     assert not generator.training and not generator.gpt.training
     assert generator.vocabulary == saved.vocabulary and len(generator.vocabulary) == len(CHARACTERS)
-    assert [p.data_ptr() for p in generator.parameters()] == [p.data_ptr() for p in generator.gpt.parameters()]
+    assert [p.data_ptr() for p in generator.parameters()] == [
+        p.data_ptr() for p in generator.gpt.parameters()
+    ]
     assert all(parameter.device.type == "cpu" for parameter in generator.parameters())
 
 
 def test_every_switch_of_the_network_travels(tmp_path):
-    switches = dict(
-        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=7
-    )
+    switches = dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=7)
     saved = make_generator(**switches)
     path = save(tmp_path / "x.ckpt", saved, hyper_parameters=SIZES | switches)
     assert load(path).complete("abc", seed=2) == saved.complete("abc", seed=2)
@@ -232,4 +238,7 @@ def test_writing_needs_no_training_code():
         "import sys, chargpt.cli.predict\n"
         "print([name for name in ('lightning', 'pytorch_lightning', 'torchmetrics') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        == "[]\n"
+    )

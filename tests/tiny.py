@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
-from chargpt.training.resume import LastCheckpoint
 from chargpt.cli.train import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
+from chargpt.data.corpus import find_text
+from chargpt.data.token_file import Corpus, open_corpus
+from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
 from chargpt.training.module import GPTModule
+from chargpt.training.resume import LastCheckpoint
 
 MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 
@@ -18,8 +20,30 @@ MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
 def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
     path = folder / "text.txt"
     if not path.exists():  # written anew it would be encoded anew
-        path.write_text(alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet))))
+        path.write_text(
+            alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet)))
+        )
     return path
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def open_text(corpus: str, data_dir: Path | None = None, fallback: str | None = None) -> Corpus:
+    return open_corpus(find_text(corpus, data_dir, fallback))
+
+
+def token_files(folder: Path) -> list[Path]:
+    """All token files below a folder, half-written ones too."""
+    return sorted(folder.rglob("*.npy*"))
+
+
+def expected_ids(text: str) -> list[int]:
+    ids = {character: id for id, character in enumerate(sorted(set(text)))}
+    return [ids[character] for character in text]
 
 
 def make_data(folder: Path, **settings) -> CharDataModule:
@@ -35,7 +59,9 @@ def make_module(**settings) -> GPTModule:
 
 def make_trainer(folder: Path, *callbacks, **settings) -> Trainer:
     best = best_checkpoint_callback()
-    defaults = dict(max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False)
+    defaults = dict(
+        max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False
+    )
     return Trainer(
         **TRAINER_DEFAULTS | defaults | settings,
         default_root_dir=folder,

@@ -26,7 +26,7 @@ def run(command: str, args: list[str]) -> None:
         "--to",
         type=Literal[tuple(FORMATS)],  # type: ignore[valid-type]
         required=True,
-        help="page: one HTML file that writes in any browser; huggingface: a folder for transformers.",
+        help="page: one HTML file that writes; huggingface: a folder for transformers.",
     )
     parser.add_argument("--output", type=str, required=True, help="The file or folder to write.")
     parser.add_argument(

@@ -21,7 +21,7 @@ COMMANDS = {  # each is a function `run(command, args)` in the module that is na
 def main(args: list[str] | None = None) -> None:
     """Run a command; `args` are those after `python -m chargpt`."""
     command, *rest = sys.argv[1:] if args is None else args or [""]
-    warnings.showwarning = show_warning
+    warnings.showwarning = show_warning  # type: ignore[assignment]
     if command in ("-h", "--help"):
         print_help()
     elif command == "--version":
@@ -68,7 +68,9 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, *_: object
+) -> None:
     """In one line, and only what is ours: Lightning's hints do not fit a text without epochs."""
     if Path(__file__).parents[1] in Path(filename).parents:
         print(f"warning: {message}", file=sys.stderr)

@@ -25,7 +25,7 @@ UNKNOWN = re.compile(
 
 
 def read_config(name: str) -> str:
-    """The text of a configuration file: YAML settings, without aliases, which can grow endlessly."""
+    """The text of a configuration file: YAML, without aliases, which can grow endlessly."""
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8")
         is_mapping = isinstance(yaml.safe_load(text), dict)
@@ -64,7 +64,9 @@ def explain(parser: ArgumentParser, message: str) -> str:
         if near := nearest(name, list(parser.get_defaults().keys())):
             return f"there is no option {hyphens}{name}\ndid you mean {hyphens}{near}?"
         if hyphens:
-            return f"there is no option {typed}\n--help after the command explains all that there are"
+            return (
+                f"there is no option {typed}\n--help after the command explains all that there are"
+            )
     key, _, alternatives = message.partition("\n  Does not validate against any of the Union")
     if alternatives:  # what stands first in a union of types is what was meant
         first = alternatives.partition("Errors:\n    - ")[2].partition("\n    - ")[0]
@@ -76,7 +78,10 @@ def nearest(wrong: str, names: list[str]) -> str | None:
     """The nearest name, by its last part too: people type --lr."""
     by_last = {name.rpartition(".")[2]: name for name in names}
     group, _, last = wrong.rpartition(".")
-    for known in ({n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group}, by_last):
+    for known in (
+        {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group},
+        by_last,
+    ):
         if near := difflib.get_close_matches(last, known, n=1, cutoff=0.7):
             return known[near[0]]
     return None

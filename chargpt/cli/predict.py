@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
 from chargpt.cli.parsing import checked
-from chargpt.files import whole_file
 from chargpt.generation import GenerationConfig
 from chargpt.text_generator import TextChunk, TextGenerator
 
@@ -138,9 +138,9 @@ def one_by_one(chunks: Iterator[TextChunk], count: int) -> Iterator[tuple[int, I
                 interrupt = error
                 continue
             if chunk.text:
-                waiting[chunk.index].append(chunk.text)
+                waiting[chunk.row].append(chunk.text)
             if chunk.last:
-                complete.add(chunk.index)
+                complete.add(chunk.row)
 
     for index in range(count):
         if not interrupt or waiting[index]:
@@ -168,7 +168,9 @@ def decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: invalid byte at offset {error.start:,}") from error
+        raise ValueError(
+            f"{name} is not UTF-8 text: invalid byte at offset {error.start:,}"
+        ) from error
 
 
 @contextmanager
@@ -179,7 +181,9 @@ def destination(output: str) -> Iterator[Write]:
             yield write
         return
     path = Path(output).expanduser()
-    if path.exists() and not path.is_file():  # a device or a named pipe: nothing to put in its place
+    if (
+        path.exists() and not path.is_file()
+    ):  # a device or a named pipe: nothing to put in its place
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             yield file.write
         return
@@ -187,9 +191,9 @@ def destination(output: str) -> Iterator[Write]:
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
     interrupt = None
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         try:
-            yield codecs.getwriter("utf-8")(file, errors="replace").write
+            yield codecs.getwriter("utf-8")(file, "replace").write
         except KeyboardInterrupt as error:  # what was written so far is what is wanted
             interrupt = error
     if interrupt:
@@ -199,7 +203,9 @@ def destination(output: str) -> Iterator[Write]:
 @contextmanager
 def standard_output() -> Iterator[Write]:
     """UTF-8 whatever the locale, flushed as it is written, quiet when nobody reads any more."""
-    if hasattr(sys.stdout, "reconfigure"):  # what a test or a notebook puts in its place may lack it
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # what a test or a notebook puts in its place may lack it
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
     def write(text: str) -> None:

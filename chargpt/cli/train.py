@@ -9,7 +9,7 @@ import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml

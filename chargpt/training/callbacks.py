@@ -20,7 +20,7 @@ SAMPLE_CHARS = 300
 
 
 class ProgressBar(TQDMProgressBar):
-    """Counts steps towards max_steps; reads the metrics, which waits for the device, only now and then."""
+    """Progress bar of steps; reads the metrics, which waits for the device, only now and then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,9 @@ class ProgressBar(TQDMProgressBar):
         if self.is_due("validation"):
             super().on_validation_batch_end(*args)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    ) -> None:
         with suppress(TypeError):  # there is none yet
             self.train_progress_bar.close()  # what is said next begins on a line of its own
 
@@ -76,7 +78,7 @@ class Summary(Callback):
         data, device = trainer.datamodule, trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         sequences = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        parameters = sum(p.numel() for p in module.gpt.parameters())
+        parameters = sum(p.numel() for p in module.parameters())
         print(
             f"model    {parameters:,} parameters\n"
             f"corpus   {data.corpus.path}: {len(data.corpus.tokens):,} characters, "
@@ -90,10 +92,15 @@ class Summary(Callback):
         )
         if trainer.global_step:
             print(f"resumes  after step {trainer.global_step}")
-        if device.type == "cpu" and "bf16" in str(trainer.precision) and (slower := slowdown_of_bf16()) > 2:
+        if (
+            device.type == "cpu"
+            and "bf16" in str(trainer.precision)
+            and (slower := slowdown_of_bf16()) > 2
+        ):
             warnings.warn(
-                f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower in bf16 than in "
-                "float32; leave out --trainer.precision (and configs/gpu.yaml)"
+                f"bf16 will crawl: this processor multiplies matrices {slower:.0f} times slower "
+                "in bf16 than in float32; leave out --trainer.precision (and configs/gpu.yaml)",
+                stacklevel=1,
             )
 
 
@@ -130,7 +137,12 @@ class Throughput(Callback):
             self.start += time.perf_counter() - self.paused
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: torch.Tensor, batch_idx: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: torch.Tensor,
+        batch_idx: int,
     ) -> None:
         self.batches += 1
         if self.first_batch is None:  # the first step warms up, or compiles
@@ -149,11 +161,13 @@ class Throughput(Callback):
     def warn_if_long(self, trainer: Trainer) -> None:
         seconds = (time.perf_counter() - self.warm) / TIMED_STEPS * trainer.accumulate_grad_batches
         left = seconds * (trainer.max_steps - trainer.global_step)
-        limited = any(isinstance(c, Timer) and c.time_remaining() is not None for c in trainer.callbacks)
+        limited = any(
+            isinstance(c, Timer) and c.time_remaining() is not None for c in trainer.callbacks
+        )
         if trainer.strategy.root_device.type == "cpu" and not limited and left > LONG_RUN_S:
             print(
-                f"\nthis run will take about {left / 3600:.1f} hours on this machine, which has no GPU in use "
-                f"({seconds:.1f} s a step)\n"
+                f"\nthis run will take about {left / 3600:.1f} hours on this machine, "
+                f"which has no GPU in use ({seconds:.1f} s a step)\n"
                 "configs/cpu.yaml is made for a processor and takes minutes"
             )
 
@@ -166,7 +180,7 @@ class TextSamples(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.state.fn != "fit" or trainer.sanity_checking or not boards:
             return
-        generator = TextGenerator(module.gpt, module.vocabulary)
+        generator = TextGenerator(module.gpt, module.vocabulary)  # type: ignore[arg-type]
         text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.hparams.seed)
         indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
         for board in boards:
@@ -192,4 +206,6 @@ class FinalScore(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 hparams = {**trainer.datamodule.hparams, **module.hparams}
-                logger.log_hyperparams(hparams, {"best_val_loss": score.item()}, step=trainer.global_step)
+                logger.log_hyperparams(
+                    hparams, {"best_val_loss": score.item()}, step=trainer.global_step
+                )

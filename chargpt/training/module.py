@@ -46,14 +46,14 @@ class TrainingConfig(GPTConfig):
     warmup_steps: int = 0
     """Learning rate warm-up: steps over which it rises from zero."""
     schedule: Literal[tuple(SCHEDULES)] = "constant"  # type: ignore[valid-type]
-    """Learning rate schedule: constant, or cosine or linear down to min_lr_ratio as trainer.max_steps
-    or trainer.max_time runs out, whichever is nearer."""
+    """Learning rate schedule: constant, or cosine or linear down to min_lr_ratio as
+    trainer.max_steps or trainer.max_time runs out, whichever is nearer."""
     min_lr_ratio: float = 0.0
     """Where the schedule ends, as a share of the highest learning rate."""
     short_contexts: dict[int, float] | None = None
-    """Sequence length warm-up: lengths of context and the share of the run until which each is used.
-    With {64: 0.4, 128: 0.75} sequences are cut into pieces of 64 characters at first, then of 128;
-    afterwards they are whole."""
+    """Sequence length warm-up: lengths of context and the share of the run until which each is
+    used. With {64: 0.4, 128: 0.75} sequences are cut into pieces of 64 characters at first, then of
+    128; afterwards they are whole."""
     compile: bool = False
     """Compile the network with torch.compile; pays off on a GPU after a minute."""
     seed: int = 1337
@@ -127,7 +127,7 @@ class GPTModule(LightningModule):
         """Make the network for this vocabulary; its first weights depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.gpt = GPT(config_of(self.hparams), len(vocabulary))
+            self.gpt = GPT(config_of(dict(self.hparams)), len(vocabulary))
         self.vocabulary = vocabulary
         if self.config.compile:
             self.gpt.compile()  # in place: the names of the weights stay as they are
@@ -234,7 +234,11 @@ class GPTModule(LightningModule):
         )
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2))
         optimizer = make_optimizer(
-            self.gpt, adamw, c.weight_decay, muon if c.muon_lr is not None else None, self.may_fuse()
+            self.gpt,
+            adamw,
+            c.weight_decay,
+            muon if c.muon_lr is not None else None,
+            self.may_fuse(),
         )
         self.keep_settings(optimizer)
         return optimizer

@@ -87,7 +87,9 @@ class MuonAdamW(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters]
         momenta = self.buffers(parameters, "momentum")
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
+        updates = torch._foreach_lerp(
+            gradients, momenta, group["momentum"]
+        )  # Nesterov's look ahead
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
 
         by_shape: dict[torch.Size, list[int]] = {}  # matrices of one shape go through together

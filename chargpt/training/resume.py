@@ -23,9 +23,9 @@ AGREEMENT_S = 1.0  # ranks ask each other about this often whether to stop
 class LastCheckpoint(Checkpoint):
     """Saves `last.ckpt` before each validation, at the end, and when a signal asks to stop.
 
-    Ctrl-C and SIGTERM only set a flag: a run stops between two steps or two batches of a validation,
-    all ranks at the same one, which leaves nothing half done. The process ends with status 130 or
-    143, as a scheduler expects.
+    Ctrl-C and SIGTERM only set a flag: a run stops between two steps or two batches of a
+    validation, all ranks at the same one, which leaves nothing half done. The process ends with
+    status 130 or 143, as a scheduler expects.
 
     Args:
         best: keeps the best checkpoint, and has found a folder for it; ours lies beside.

@@ -60,7 +60,8 @@ def write_text(path: Path, n_bytes: int, letters: str) -> None:
 
 def measure(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from chargpt.corpus import open_corpus
+    from chargpt.data.corpus import find_text
+    from chargpt.data.token_file import open_corpus
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -69,7 +70,7 @@ def measure(folder: Path) -> None:
         path = folder / f"{name}.txt"
         size = path.stat().st_size / MB
         start, start_cpu = time.perf_counter(), time.process_time()
-        corpus = open_corpus(str(path), folder)
+        corpus = open_corpus(find_text(str(path), folder))
         seconds, seconds_cpu = time.perf_counter() - start, time.process_time() - start_cpu
         peak = peak_memory()  # so far, which only says something about the first text
         text = corpus.vocabulary.decode(corpus.tokens[:SLICE])
@@ -82,8 +83,8 @@ def measure(folder: Path) -> None:
 
     for name in ("large", "small"):
         path = str(folder / f"{name}.txt")
-        tokens = open_corpus(path, folder).tokens
-        opening = median_seconds(lambda: open_corpus(path, folder), 20)
+        tokens = open_corpus(find_text(path, folder)).tokens
+        opening = median_seconds(lambda: open_corpus(find_text(path, folder)), 20)
         draw = random.Random(0)
         starts = lambda: (draw.randrange(len(tokens) - BLOCK) for _ in range(BATCH))
         reading = median_seconds(lambda: [tokens[i : i + BLOCK].copy() for i in starts()], 500)
@@ -94,9 +95,10 @@ def measure(folder: Path) -> None:
 
 def train(folder: Path) -> None:
     """Steps of configs/cpu.yaml's network on the large text against those on the small one, in turns."""
+    from overhead import PlainLoop
+
     from chargpt.data import CharDataModule
     from chargpt.training.module import GPTModule
-    from overhead import PlainLoop
 
     settings = yaml.safe_load(CONFIG.read_text())
     loops, times = {}, {"large": [], "small": []}
@@ -111,7 +113,10 @@ def train(folder: Path) -> None:
             loops[name].step()
             times[name].append(time.perf_counter() - start)
     large, small = (statistics.median(seconds[10:]) for seconds in times.values())
-    print(f"a training step: {large * 1e3:.1f} ms on the large text, {small * 1e3:.1f} ms on the small one: ", end="")
+    print(
+        f"a training step: {large * 1e3:.1f} ms on the large text, {small * 1e3:.1f} ms on the small one: ",
+        end="",
+    )
     print(f"{small / large:.3f} of its steps per second")
 
 

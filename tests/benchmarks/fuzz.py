@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 
-from chargpt import callbacks
-from chargpt.arguments import COMMANDS
-from chargpt.cli import main as chargpt
+from chargpt.cli.main import main as chargpt
+from chargpt.training import callbacks
 from chargpt.vocabulary import Vocabulary
 
 CONFIG = """\
@@ -40,6 +39,7 @@ TEXT = "The king walks in the garden; the queen sings.\n" * 40
 STRANGE = (
     "\0", "\u202e", "\u200f", "\ufeff", "e\u0301", "🙂", "👩‍👩‍👧", "\ud800", "\udfff", "\u2028", "\x1b[31m", "日本", "ß", "\r", "\t",
 )  # fmt: skip
+COMMANDS = ("fit", "validate", "test", "predict")
 FLAGS = {  # each with values that it cannot have
     "fit": {
         "--model.n_embd": ["0", "-4", "7", "1.5", "1e3x", "null", "[]", "nan", "9" * 30],
@@ -53,7 +53,17 @@ FLAGS = {  # each with values that it cannot have
         "--data.batch_size": ["0", "-3", "x", "9" * 15],
         "--data.val_fraction": ["0", "-1", "1", "2", "nan", "x", "1e-9"],
         "--data.test_fraction": ["-1", "1", "0.95", "1e-9", "x"],
-        "--data.corpus": ["", "none.txt", "/", "/dev/null", "a" * 5000, "empty.txt", "one.txt", "latin.txt", "zip.txt"],
+        "--data.corpus": [
+            "",
+            "none.txt",
+            "/",
+            "/dev/null",
+            "a" * 5000,
+            "empty.txt",
+            "one.txt",
+            "latin.txt",
+            "zip.txt",
+        ],
         "--data.num_workers": ["-1", "x"],
         "--seed_everything": ["-1", "x", "1.5", "9" * 30],
         "--trainer.max_steps": ["0", "-7", "x", "null"],
@@ -64,7 +74,13 @@ FLAGS = {  # each with values that it cannot have
         "--trainer.strategy": ["banana", "1"],
         "--trainer.val_check_interval": ["0", "-1", "x"],
         "--trainer.accumulate_grad_batches": ["0", "-1", "x"],
-        "--trainer.callbacks": ["Nothing", "os.system", "[1]", "{class_path: EarlyStopping}", "{class_path: 3}"],
+        "--trainer.callbacks": [
+            "Nothing",
+            "os.system",
+            "[1]",
+            "{class_path: EarlyStopping}",
+            "{class_path: 3}",
+        ],
         "--trainer.logger": ["Nothing", "os.system", "{class_path: X}"],
         "--trainer.limit_val_batches": ["-1", "x"],
         "--trainer.gradient_clip_val": ["x", "[]"],
@@ -106,7 +122,19 @@ def beginning(random: random.Random, command: str) -> list[str]:
 
 
 def bad_command(random: random.Random) -> list[str]:
-    word = random.choice(["", "fitt", "Fit", "train", "--version", "-c", "--config=tiny.yaml", "help", strange(random)])
+    word = random.choice(
+        [
+            "",
+            "fitt",
+            "Fit",
+            "train",
+            "--verbose",
+            "-c",
+            "--config=tiny.yaml",
+            "help",
+            strange(random),
+        ]
+    )
     return [*([word] if word else []), *random.sample(["--x", "word"], k=random.randint(0, 2))]
 
 
@@ -114,8 +142,18 @@ def bad_flag(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
     flag = random.choice(list(FLAGS[command])).lstrip("-")
     i = random.randrange(1, len(flag))
-    misspelt = random.choice([flag[:i] + flag[i + 1 :] + "q", flag + strange(random), flag[:i], "zz" + flag, flag.upper()])
-    form = random.choice([[f"--{misspelt}=1"], [f"--{misspelt}", "1"], [f"--{misspelt}"], [misspelt]])
+    misspelt = random.choice(
+        [
+            flag[:i] + flag[i + 1 :] + "q",
+            flag + strange(random),
+            flag[:i],
+            "zz" + flag,
+            flag.upper(),
+        ]
+    )
+    form = random.choice(
+        [[f"--{misspelt}=1"], [f"--{misspelt}", "1"], [f"--{misspelt}"], [misspelt]]
+    )
     return [*beginning(random, command), *form]
 
 
@@ -123,7 +161,10 @@ def bad_value(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
     flag = random.choice(list(FLAGS[command]))
     value = random.choice(FLAGS[command][flag])
-    return [*beginning(random, command), *random.choice([[f"{flag}={value}"], [flag, value], [flag]])]
+    return [
+        *beginning(random, command),
+        *random.choice([[f"{flag}={value}"], [flag, value], [flag]]),
+    ]
 
 
 def strange_value(random: random.Random) -> list[str]:
@@ -133,7 +174,14 @@ def strange_value(random: random.Random) -> list[str]:
 
 
 def bad_config(random: random.Random) -> list[str]:
-    keys = ["trainer.max_steps", "model.n_embd", "data.corpus", "model.lr", "trainer.callbacks", "data"]
+    keys = [
+        "trainer.max_steps",
+        "model.n_embd",
+        "data.corpus",
+        "model.lr",
+        "trainer.callbacks",
+        "data",
+    ]
     group, _, name = random.choice(keys).partition(".")
     content = random.choice(
         [
@@ -142,20 +190,30 @@ def bad_config(random: random.Random) -> list[str]:
             lambda: f"{group}: {{{name}q: 1}}\n".encode(),
             lambda: f"{group}x: {{{name}: 1}}\n".encode(),
             lambda: f"{group}: {random.choice(['5', 'x', '[1]', 'null'])}\n".encode(),
-            lambda: f"model: {{n_embd: {random.choice(['x', 'null', '[1]', '{a: 1}', '!!python/object:os.x {}', '.nan'])}}}".encode(),
+            lambda: (
+                f"model: {{n_embd: {random.choice(['x', 'null', '[1]', '{a: 1}', '!!python/object:os.x {}', '.nan'])}}}".encode()
+            ),
             lambda: f"- {strange(random)}\n".encode("utf-8", "surrogatepass"),
             lambda: f"model: {{{strange(random)}: 1}}\n".encode("utf-8", "surrogatepass"),
             lambda: b"a: &a [" + b",".join([b"*a"] * random.randint(1, 9)) + b"]\n",
             lambda: b"model: " + b"[" * random.choice([10, 300, 3000]),
             lambda: b"x" * random.choice([10, 10_000_000]),
-            lambda: b"trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}]}\n",
-            lambda: b"trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: 3, x: 1}}]}\n",
+            lambda: (
+                b"trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}]}\n"
+            ),
+            lambda: (
+                b"trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: 3, x: 1}}]}\n"
+            ),
             lambda: b"fit: {model: {n_embd: 8}}\n",
             lambda: b"\xff\xfe" + CONFIG.encode("utf-16-le"),
         ]
     )()
     Path("bad.yaml").write_bytes(content)
-    return [random.choice(list(COMMANDS)), "--config", random.choice(["bad.yaml"] * 9 + ["none.yaml"])]
+    return [
+        random.choice(list(COMMANDS)),
+        "--config",
+        random.choice(["bad.yaml"] * 9 + ["none.yaml"]),
+    ]
 
 
 def bad_text(random: random.Random) -> list[str]:
@@ -207,10 +265,14 @@ def damaged(random: random.Random, checkpoint: dict) -> None:
     weights, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     random.choice(
         [
-            lambda: checkpoint.pop(random.choice(["state_dict", "hyper_parameters", "vocabulary", "global_step"])),
+            lambda: checkpoint.pop(
+                random.choice(["state_dict", "hyper_parameters", "vocabulary", "global_step"])
+            ),
             lambda: weights.pop(random.choice(list(weights))),
             lambda: weights.update({random.choice(list(weights)): torch.zeros(3)}),
-            lambda: checkpoint.update(vocabulary=random.choice(["", "ab", "ba", 5, None, "\0" * 3])),
+            lambda: checkpoint.update(
+                vocabulary=random.choice(["", "ab", "ba", 5, None, "\0" * 3])
+            ),
             lambda: checkpoint.update(state_dict=random.choice([None, [], {}, 5])),
             lambda: checkpoint.update(hyper_parameters=random.choice([None, [], {}, 5])),
             lambda: settings.update(n_embd=random.choice([0, -1, 10, "x", None])),
@@ -229,7 +291,11 @@ KINDS: list[Callable[[random.Random], list[str]]] = [
 def run(args: list[str]) -> tuple[int, str, str]:
     """Status, standard output and standard error; a traceback is in the last."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
         try:
             chargpt(args)
         except SystemExit as stop:
@@ -270,7 +336,9 @@ def furnish() -> None:
     Path("zip.txt").write_bytes(b"PK\x03\x04\xff\xff" * 40)
     status, _, err = run(["fit", "--config=tiny.yaml"])
     assert status == 0, err
-    Path("last.ckpt").write_bytes(Path("lightning_logs/version_0/checkpoints/last.ckpt").read_bytes())
+    Path("last.ckpt").write_bytes(
+        Path("lightning_logs/version_0/checkpoints/last.ckpt").read_bytes()
+    )
 
 
 def fuzz_commands(seed: int, count: int) -> bool:
@@ -305,7 +373,9 @@ def fuzz_texts(seed: int, count: int) -> bool:
     lost = 0
     for _ in range(count):
         highest = chosen.choice([0x7F, 0xFF, 0xFFFF, sys.maxunicode])
-        characters = [chr(chosen.randint(0, highest)) for _ in range(chosen.choice([0, 1, 10, 300]))]
+        characters = [
+            chr(chosen.randint(0, highest)) for _ in range(chosen.choice([0, 1, 10, 300]))
+        ]
         text = "".join(characters + chosen.choices(STRANGE, k=chosen.randint(0, 5)))
         lost += any(v.decode(v.encode(text)) != text for v in (Vocabulary.from_text(text), shared))
     print(f"{count:,} texts through encode and decode: {lost} changed")
@@ -313,7 +383,9 @@ def fuzz_texts(seed: int, count: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from chargpt.generation import Sampling, generate
-from chargpt.model import GPT
+from chargpt.generation import GenerationConfig, generate
+from chargpt.model import GPT, GPTConfig
 
 CHARACTERS = "".join(map(chr, range(32, 97)))  # as many as tiny Shakespeare has
 REPOSITORY = Path(__file__).parents[2]
@@ -38,9 +38,8 @@ def lap(what):
     print(f"  {what:32s} {time.perf_counter() - start:6.3f} s")
     start = time.perf_counter()
 import torch; lap("import torch")
-import chargpt.predict; lap("import what writing needs")
-import chargpt.cli; lap("import Lightning's command line")
-generator = chargpt.text_generator.load(PATH); lap("load the checkpoint")
+import chargpt.cli.predict; lap("import what predict needs")
+generator = chargpt.load(PATH); lap("load the checkpoint")
 from chargpt import generation
 stream = generator.stream(PROMPT)
 prefill = generation.prefill
@@ -84,7 +83,7 @@ def seconds(work) -> float:
 
 
 def write(gpt: GPT, samples: int, chars: int):
-    return generate(gpt, [[0]] * samples, [f"0/{n}" for n in range(samples)], chars, Sampling())
+    return generate(gpt, [[0]] * samples, GenerationConfig(max_new_chars=chars), range(samples))
 
 
 @torch.inference_mode()
@@ -94,7 +93,7 @@ def against_recomputing(gpt: GPT, samples: int, chars: int, every: int) -> None:
     for n in range(1, chars + 1):
         cached.append(seconds(lambda: next(steps)))
         if n % every == 0:
-            window = torch.randint(len(CHARACTERS), (samples, min(n, gpt.block_size)))
+            window = torch.randint(len(CHARACTERS), (samples, min(n, gpt.config.block_size)))
             recomputed.append(seconds(lambda: recompute(gpt, window)))
     fast, slow = (samples / statistics.mean(times) for times in (cached, recomputed))
     print(
@@ -133,7 +132,9 @@ def against_the_floor(gpts: list[GPT], chars: int) -> None:
     written, floor = [], []
     for _ in range(max(chars // passes, 1)):
         written += [seconds(lambda: next(text)) for text in texts * passes]
-        floor += [seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes]
+        floor += [
+            seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes
+        ]
     print(f"against the floor, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:")
     for name, figure in (("median", statistics.median), ("best", min)):
         character, products = figure(written), figure(floor)
@@ -158,9 +159,20 @@ def cold_start(gpt: GPT) -> None:
         program = f"PATH, PROMPT = {path!r}, {PROMPT!r}\n{COLD_START}"
         subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 
-        command = [sys.executable, "-m", "chargpt", "predict", "--ckpt_path", path, "--generate.prompt", PROMPT]
+        command = [
+            sys.executable,
+            "-m",
+            "chargpt",
+            "predict",
+            "--ckpt_path",
+            path,
+            "--generate.prompt",
+            PROMPT,
+        ]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+        )
         process.stdout.read(len(PROMPT) + 1)
         print(f"  python -m chargpt predict, in all {time.perf_counter() - start:6.3f} s")
         process.stdout.close()

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from chargpt.cli import ChargptCLI
-from chargpt.data import CharDataModule, TrainingBatches
-from chargpt.training.module import GPTModule
+from chargpt.cli.train import TrainingCLI
+from chargpt.data import CharDataModule
+from chargpt.data.blocks import RandomBlocks
+from chargpt.training import GPTModule
 
 CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
 WARM_UP_STEPS = 2
@@ -42,7 +43,7 @@ class PlainLoop:
         self.optimizer = module.configure_optimizers()
         self.gpt, module.gpt = module.gpt, trained
         h = data.hparams
-        self.batches = iter(TrainingBatches(data.train_tokens, h.block_size, h.batch_size, h.seed))
+        self.batches = iter(RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed))
 
     def step(self) -> None:
         batch = next(self.batches).long()
@@ -60,7 +61,9 @@ def seconds(work) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/cpu.yaml"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
@@ -86,9 +89,9 @@ def main() -> None:
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),
     ):
-        cli = ChargptCLI(
+        cli = TrainingCLI(
+            "fit",
             [
-                "fit",
                 f"--config={config}",
                 f"--trainer.max_steps={WARM_UP_STEPS + options.steps + 1}",
                 f"--trainer.default_root_dir={folder}",
@@ -97,23 +100,38 @@ def main() -> None:
                 "--model.schedule=constant",
                 "--model.short_contexts=null",
                 *options.flags,
-            ]
+            ],
         )
+        cli.run()
         checkpoint = Path(folder, "timed.ckpt")
-        checkpoint_s = statistics.median(seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5))
-    report(trainer_s[WARM_UP_STEPS:], plain_s[WARM_UP_STEPS:-1], checkpoint_s, cli.trainer.val_check_interval)
+        checkpoint_s = statistics.median(
+            seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5)
+        )
+    report(
+        trainer_s[WARM_UP_STEPS:],
+        plain_s[WARM_UP_STEPS:-1],
+        checkpoint_s,
+        cli.trainer.val_check_interval,
+    )
 
 
-def report(trainer_s: list[float], plain_s: list[float], checkpoint_s: float, interval: int) -> None:
+def report(
+    trainer_s: list[float], plain_s: list[float], checkpoint_s: float, interval: int
+) -> None:
     saving_s = CHECKPOINTS * checkpoint_s / interval
     print(
         f"{len(plain_s)} steps of each, medians: Trainer {statistics.median(trainer_s) * 1e3:.1f} ms, "
         f"plain loop {statistics.median(plain_s) * 1e3:.1f} ms; "
         f"checkpoints {saving_s * 1e3:.2f} ms a step ({checkpoint_s:.3f} s each)"
     )
-    parts = [slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)]
+    parts = [
+        slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)
+    ]
     for name, extra in (("without", 0.0), ("with", saving_s)):
-        ratios = [sum(plain_s[part]) / (sum(trainer_s[part]) + extra * len(plain_s[part])) for part in parts]
+        ratios = [
+            sum(plain_s[part]) / (sum(trainer_s[part]) + extra * len(plain_s[part]))
+            for part in parts
+        ]
         print(
             f"speed of the Trainer as a share of the plain loop's, {name} checkpoints: "
             f"median {statistics.median(ratios):.3f} of six parts (from {min(ratios):.3f} to {max(ratios):.3f})"

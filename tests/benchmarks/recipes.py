@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from chargpt.cli import ChargptCLI
+from chargpt.cli.train import TrainingCLI
 
 HERE = Path(__file__).resolve().parent
 NANOGPT = HERE / "nanogpt-cpu.yaml"
@@ -58,11 +58,13 @@ class Clock(Callback):
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         training_s = self.paused - self.start - self.validating_s
-        self.curve.append((trainer.global_step, training_s, trainer.callback_metrics["val_loss"].item()))
+        self.curve.append(
+            (trainer.global_step, training_s, trainer.callback_metrics["val_loss"].item())
+        )
         self.validating_s += time.perf_counter() - self.paused
 
 
-class MeasuredCLI(ChargptCLI):
+class MeasuredCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         self.clock = Clock()
@@ -77,9 +79,11 @@ def run(config: Path, seed: int, flags: list[str]) -> dict[str, Any]:
         os.chdir(folder)
         try:
             with contextlib.redirect_stderr(nowhere):
-                clock = MeasuredCLI(
-                    ["fit", f"--config={config}", f"--seed_everything={seed}", *flags]
-                ).clock
+                cli = MeasuredCLI(
+                    "fit", [f"--config={config}", f"--seed_everything={seed}", *flags]
+                )
+                cli.run()
+                clock = cli.clock
         finally:
             os.chdir(home)
     step, seconds, loss = clock.curve[-1]
@@ -134,9 +138,17 @@ def compare(options: argparse.Namespace) -> None:
 
 def ablate(options: argparse.Namespace) -> None:
     budget = f"--trainer.max_time={{seconds: {options.seconds}}}"
-    flags = [budget, "--trainer.max_steps=-1", "--trainer.val_check_interval=1000000", *options.flags]
+    flags = [
+        budget,
+        "--trainer.max_steps=-1",
+        "--trainer.val_check_interval=1000000",
+        *options.flags,
+    ]
     for title, removed in ABLATIONS.items():
-        show(title, [run(options.config, seed, flags + removed) for seed in range(1, options.seeds + 1)])
+        show(
+            title,
+            [run(options.config, seed, flags + removed) for seed in range(1, options.seeds + 1)],
+        )
 
 
 def plot(options: argparse.Namespace) -> None:
@@ -151,14 +163,18 @@ def plot(options: argparse.Namespace) -> None:
         colour = colours.setdefault(run["config"], f"C{len(colours)}")
         first = f"{run['config']} (loss {run['val_loss']:.3f})" if run["seed"] == 1 else None
         axes.plot(*zip(*[(s, v) for _, s, v in run["curve"]]), color=colour, label=first, alpha=0.8)
-    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per character", xscale="log")
+    axes.set(
+        xlabel="seconds of training", ylabel="validation loss, nats per character", xscale="log"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(options.picture, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     for command in (compare, ablate):
         sub = commands.add_parser(command.__name__)

@@ -72,15 +72,24 @@ def same(a, b) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10, help="runs to kill, with one process and with two")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=int, default=10, help="runs to kill, with one process and with two"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder, kept")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work; by default a temporary folder, kept"
+    )
     args = parser.parse_args()
     moments = random.Random(args.seed)
     root = args.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     failures = 0
-    print(f"working in {root}\nprocesses  run  killed after s  at step  checkpoints  same end", flush=True)
+    print(
+        f"working in {root}\nprocesses  run  killed after s  at step  checkpoints  same end",
+        flush=True,
+    )
     for world in (1, 2):
         alone = root / f"{world}-alone"
         alone.mkdir(parents=True)
@@ -97,10 +106,14 @@ def main() -> None:
             time.sleep(delay := moments.uniform(0, seconds))
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            left = [read_checkpoint(path) for path in folder.glob("lightning_logs/*/checkpoints/*.ckpt")]
+            left = [
+                read_checkpoint(path) for path in folder.glob("lightning_logs/*/checkpoints/*.ckpt")
+            ]
             step = read_checkpoint(last_checkpoint(newest_run(folder)))["global_step"]
             end = finish(folder, start(folder, world, "--ckpt_path=last"))
-            equal = all(same(end[k], expected[k]) for k in ("global_step", "state_dict", "optimizer_states"))
+            equal = all(
+                same(end[k], expected[k]) for k in ("global_step", "state_dict", "optimizer_states")
+            )
             one_folder = len(list(folder.glob("lightning_logs/version_*"))) == 1
             failures += not (equal and one_folder)
             print(
