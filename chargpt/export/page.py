@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from chargpt.files import whole_file
+from chargpt.atomic_file import atomic_write
 from chargpt.generation import GenerationConfig
 from chargpt.model import GPT
 from chargpt.text_generator import TextGenerator
@@ -67,7 +67,7 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
     output = output.resolve()  # the file that a link leads to, not the link, is replaced
     if not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    with whole_file(output) as file:
+    with atomic_write(output) as file:
         file.write(page)
 
 
