@@ -72,7 +72,8 @@ class Page:
             self.fill(f"#{name}", value)
         self.click("#write")
         self.wait("text.ended")
-        return self.js("text.characters.join('')")
+        # code points, since strings of a browser join surrogates that Python keeps apart
+        return "".join(map(chr, self.js("text.characters.map((c) => c.codePointAt(0))")))
 
     def requests(self) -> list[str]:
         """Addresses of what has been asked for since the last call."""
@@ -103,6 +104,7 @@ def browser(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Pa
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
+        driver.get("about:blank")  # or the browser's own first page would still be loading
         yield Page(driver)
     finally:
         driver.quit()

@@ -412,12 +412,12 @@ function escaped(character) {
   return short ?? (code < 0x100 ? digits("x", 2) : code < 0x10000 ? digits("u", 4) : digits("U", 8));
 }
 
-// Normalization sorts combining characters by their class, and moves no others: class 240 behind it
-// or class 1 before it changes places with it if it combines.
-const is_combining = (character) =>
-  [["\u0345", character.normalize("NFD")], [character.normalize("NFD"), "\u0334"]]
-    .map((pair) => pair.join(""))
-    .some((text) => text.normalize("NFD") !== text);
+// Normalization sorts combining characters by their class, and moves no others: one of class 240
+// before it or of class 1 behind it changes places with it if it combines.
+function is_combining(character) {
+  const [first] = character.normalize("NFD");
+  return ["\u0345" + first, first + "\u0334"].some((text) => text.normalize("NFD") !== text);
+}
 
 // ---- generation.py ----
 
@@ -628,7 +628,8 @@ class Server {
     this.text_job = job;
     const reading = (this.reading = new Reading(this.gpt, [...prompt], true));
     const report = this.reporter(job);
-    let known = Math.max(1, reading.first_of(prompt.length) + 1); // losses before are known
+    let known = 1; // losses before are known; those of earlier windows than the prompt's are not read
+    while (reading.first_of(known) < reading.first_of(prompt.length)) known += 1;
     for (const { ids, cache, first } of generate(this.gpt, prompt, settings)) {
       if (reading.passages.get(first) !== cache) reading.remember(first, cache);
       reading.ids.push(...ids);
