@@ -453,7 +453,8 @@ def test_nothing_can_be_fetched(opened):
 def test_a_click_shows_what_was_expected_and_the_sliders_move_it(opened, usual):
     generator = usual[1]
     text = opened.write("abba", temperature=1, max_new_chars=10, seed=2)
-    opened.click("#text span:nth-child(8)")
+    opened.driver.execute_script("window.eighth = text.spans[7]")
+    opened.js("eighth").click()
     opened.wait("inside.logits")
     with torch.no_grad():
         logits = generator.gpt(torch.tensor([generator.encode(text[:7])]))[0, -1]
@@ -573,7 +574,8 @@ def test_stop_and_the_page_answers_while_it_writes(opened):
 
 
 def test_what_was_written_can_be_copied(opened):
-    text = opened.write("abba", max_new_chars=20)
+    text = opened.write("ab\nba\n\nc", max_new_chars=16)
+    assert opened.text("#text") == text
     opened.js("(document.execCommand = () => { window.copied = document.activeElement.value })")
     opened.js("(navigator.clipboard.writeText = () => Promise.reject())")
     opened.click("#copy")
@@ -583,6 +585,9 @@ def test_what_was_written_can_be_copied(opened):
     opened.click("#copy")
     opened.wait("window.copied.startsWith('by')")
     assert opened.js("window.copied") == "by " + text
+    # and by hand: lines are blocks of the page, but what is selected has no newline more
+    opened.js("getSelection().selectAllChildren(document.getElementById('text'))")
+    assert opened.js("getSelection().toString()").rstrip("\n") == text.rstrip("\n")
     assert "Copied 24 characters" in opened.text("#status")
 
 
@@ -598,7 +603,7 @@ def test_any_vocabulary_is_written_as_text(chrome, tmp_path, characters):
     text = chrome.write("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
     expected = generator.complete("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
     assert text == expected
-    assert chrome.js("document.querySelectorAll('script, img, #text > :not(span)').length") == 4
+    assert chrome.js("document.querySelectorAll('script, img, #text > div > :not(span)').length") == 4
     assert chrome.js("typeof pwn") == "undefined"
     chrome.js("select(5)")
     chrome.wait("inside.logits")

@@ -61,12 +61,14 @@ const answers = {
 // ---- the text ----
 
 // characters and what stands for each on the page; `written`: by the network, after a prompt
-const text = { job: 0, characters: [], spans: [], losses: [], start: 0, written: true, ended: true };
+const text = {
+  job: 0, characters: [], spans: [], losses: [], line: null, start: 0, written: true, ended: true,
+}; // prettier-ignore
 
 function begin(characters, written) {
   let_go();
   $("text").replaceChildren();
-  Object.assign(text, { characters: [], spans: [], losses: [], written, ended: false });
+  Object.assign(text, { characters: [], spans: [], losses: [], line: null, written, ended: false });
   text.start = written ? characters.length : 0;
   append(characters, written);
   $("copy").disabled = false;
@@ -76,29 +78,33 @@ function begin(characters, written) {
 
 function append(characters, prompt = false) {
   if (!characters.length) return;
-  const fragment = document.createDocumentFragment();
   for (const character of characters) {
-    const span = document.createElement("span");
+    const span = add_span(character === "\n" ? "newline" : "");
     span.textContent = character;
-    if (character === "\n") span.className = "newline";
     if (prompt) span.classList.add("prompt");
-    span.position = text.spans.length;
+    if (character === "\n") text.line = null;
     text.characters.push(character);
-    text.spans.push(span);
-    fragment.append(span);
   }
-  $("text").append(fragment);
   $("position").max = text.characters.length;
   $("of").textContent = `of ${grouped(text.characters.length)}`;
 }
 
 // After the last character one can look as well: what would come next?
-function append_next() {
+const append_next = () => add_span("next");
+
+// Lines are blocks of their own, so that the browser lays out the newest one only and not all of a
+// long text each time.
+function add_span(name) {
+  if (!text.line) {
+    text.line = document.createElement("div");
+    $("text").append(text.line);
+  }
   const span = document.createElement("span");
-  span.className = "next";
+  span.className = name;
   span.position = text.spans.length;
   text.spans.push(span);
-  $("text").append(span);
+  text.line.append(span);
+  return span;
 }
 
 const bits = (loss) => loss / Math.LN2;
