@@ -1,0 +1,719 @@
+"use strict";
+// The network and its generation, as in model.py and generation.py: the same names in the same
+// order, and what each is for is said there. One text at a time; no dropout, which is for training.
+//
+//     T  characters that are read at once     C  channels (n_embd)     D  channels of a head
+//     S  characters that can be attended to   H  attention heads       V  size of the vocabulary
+//
+// Arrays are flat: (T, C) is a Float32Array of T * C numbers, a row for each character.
+
+const CHUNK = 64; // the most characters that are read at once
+
+// ---- model.py ----
+
+// erfc with a relative error below 1.2e-7 everywhere (Numerical Recipes, 6.2.2)
+const ERFC = [
+  -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
+  -0.82215223, 0.17087277,
+];
+
+function erfc(x) {
+  const t = 1 / (1 + Math.abs(x) / 2);
+  let sum = 0;
+  for (let i = 9; i >= 0; i--) sum = sum * t + ERFC[i];
+  const tail = t * Math.exp(sum - x * x);
+  return x < 0 ? 2 - tail : tail;
+}
+
+const ACTIVATIONS = {
+  relu: (x) => Math.max(x, 0),
+  gelu: (x) => (x * erfc(-x / Math.SQRT2)) / 2,
+  relu2: (x) => (x > 0 ? x * x : 0),
+};
+
+class LayerNorm {
+  constructor(C, weight, bias) {
+    Object.assign(this, { C, weight: weight?.values, bias: bias?.values });
+  }
+
+  forward(x, T) {
+    const { C, weight, bias } = this;
+    const y = new Float32Array(T * C);
+    for (let t = 0; t < T; t++) {
+      const row = x.subarray(t * C, (t + 1) * C);
+      let [sum, squares] = [0, 0];
+      for (let c = 0; c < C; c++) sum += row[c];
+      const mean = sum / C;
+      for (let c = 0; c < C; c++) squares += (row[c] - mean) ** 2;
+      const scale = 1 / Math.sqrt(squares / C + 1e-5);
+      for (let c = 0; c < C; c++) {
+        const normalized = (row[c] - mean) * scale;
+        y[t * C + c] = weight ? normalized * weight[c] + bias[c] : normalized;
+      }
+    }
+    return y;
+  }
+}
+
+const NORMS = {
+  layer: (C, weights, name) => new LayerNorm(C, weights[name + ".weight"], weights[name + ".bias"]),
+  plain: (C) => new LayerNorm(C),
+};
+
+class Linear {
+  constructor(weights, name) {
+    Object.assign(this, { weights, weight: weights[name + ".weight"] });
+    this.bias = weights[name + ".bias"]?.values;
+  }
+
+  // y = x W^T + b, (T, I) to (T, O)
+  forward(x, T) {
+    const { rows: O, columns: I, stride, values } = this.weight;
+    const { kernel, input, output } = this.weights;
+    for (let t = 0; t < T; t++) {
+      input.set(x.subarray(t * I, (t + 1) * I), t * stride);
+      input.fill(0, t * stride + I, (t + 1) * stride);
+    }
+    kernel.multiply(input, values, output, T, stride, padded(O));
+    const y = new Float32Array(T * O);
+    for (let t = 0; t < T; t++) {
+      y.set(output.subarray(t * padded(O), t * padded(O) + O), t * O);
+      if (this.bias) for (let o = 0; o < O; o++) y[t * O + o] += this.bias[o];
+    }
+    return y;
+  }
+}
+
+class Embedding {
+  constructor(weights, name) {
+    this.weight = weights[name + ".weight"];
+  }
+
+  // Add the vector of an index to a row of x.
+  add_to(row, index) {
+    const { values, stride } = this.weight;
+    for (let c = 0; c < row.length; c++) row[c] += values[index * stride + c];
+  }
+}
+
+// Cosine and sine for each pair of channels of positions first ... first + T - 1, (T, D / 2, 2).
+// Rounded where PyTorch rounds: an angle of 1,000 radians has few digits after the point.
+function rotary_angles(first, T, D) {
+  const angles = new Float32Array(T * D);
+  for (let pair = 0; pair < D; pair += 2) {
+    const frequency = Math.fround(10_000 ** -Math.fround(pair / D));
+    for (let t = 0; t < T; t++) {
+      const angle = Math.fround((first + t) * frequency);
+      angles[t * D + pair] = Math.cos(angle);
+      angles[t * D + pair + 1] = Math.sin(angle);
+    }
+  }
+  return angles;
+}
+
+// Rotate all heads of one query or key, (H, D), in place; angles are those of its position, (D).
+function apply_rotary(x, angles) {
+  const D = angles.length;
+  for (let i = 0; i < x.length; i += 2) {
+    const [a, b, cos, sin] = [x[i], x[i + 1], angles[i % D], angles[(i % D) + 1]];
+    x[i] = a * cos - b * sin;
+    x[i + 1] = a * sin + b * cos;
+  }
+}
+
+// What attention remembers of a passage of up to block_size characters. Queries and logits are not
+// needed to go on: they are kept for whoever wants to look inside.
+class KVCache {
+  constructor(gpt) {
+    const { n_layer, n_embd: C, block_size } = gpt.config;
+    const places = () => new Float32Array(block_size * C);
+    const layer = () => ({ queries: places(), keys: places(), values: places() });
+    this.layers = Array.from({ length: n_layer }, layer);
+    this.logits = new Float32Array(block_size * gpt.vocab_size);
+    this.length = 0;
+    this.newest_ids = [0, 0];
+  }
+
+  preceding_ids(ids) {
+    const preceding = this.newest_ids;
+    this.newest_ids = [...preceding, ...ids].slice(-2);
+    return preceding;
+  }
+}
+
+class MultiHeadAttention {
+  constructor(config, weights, name) {
+    Object.assign(this, { C: config.n_embd, n_head: config.n_head });
+    this.qkv = new Linear(weights, name + ".qkv");
+    this.projection = new Linear(weights, name + ".projection");
+  }
+
+  forward(x, T, angles, cache, length) {
+    const { C, n_head } = this;
+    const D = C / n_head;
+    const qkv = this.qkv.forward(x, T); // (T, 3, H, D)
+    const y = new Float32Array(T * C);
+    for (let t = 0; t < T; t++) {
+      const [q, k, v] = [0, 1, 2].map((n) => qkv.subarray((3 * t + n) * C, (3 * t + n + 1) * C));
+      if (angles) {
+        apply_rotary(q, angles.subarray(t * D, (t + 1) * D));
+        apply_rotary(k, angles.subarray(t * D, (t + 1) * D));
+      }
+      const position = length + t;
+      cache.queries.set(q, position * C);
+      cache.keys.set(k, position * C);
+      cache.values.set(v, position * C);
+      for (let head = 0; head < n_head; head++) {
+        const weights = attention_weights(cache, head, position, C, D); // (S)
+        gather(cache.values, weights, head, C, D, y.subarray(t * C + head * D));
+      }
+    }
+    return this.projection.forward(y, T);
+  }
+}
+
+// softmax(q k^T / sqrt(D)) of one head and one position: how much it looks at each of 0 to itself.
+function attention_weights({ queries, keys }, head, position, C, D) {
+  const weights = new Float64Array(position + 1);
+  const q = queries.subarray(position * C + head * D, position * C + (head + 1) * D);
+  const scale = 1 / Math.sqrt(D);
+  let highest = -Infinity;
+  for (let s = 0; s <= position; s++) {
+    let k = s * C + head * D;
+    let [d, even, odd] = [0, 0, 0];
+    for (; d + 1 < D; d += 2, k += 2) {
+      even += q[d] * keys[k];
+      odd += q[d + 1] * keys[k + 1];
+    }
+    if (d < D) even += q[d] * keys[k];
+    weights[s] = (even + odd) * scale;
+    if (weights[s] > highest) highest = weights[s];
+  }
+  let total = 0;
+  for (let s = 0; s <= position; s++) total += weights[s] = Math.exp(weights[s] - highest);
+  for (let s = 0; s <= position; s++) weights[s] /= total;
+  return weights;
+}
+
+// The values of one head in proportion to the weights, added to y (D).
+function gather(values, weights, head, C, D, y) {
+  const [S, first] = [weights.length, head * D];
+  let s = 0;
+  for (; s + 3 < S; s += 4) {
+    const [a, b, c, d] = [weights[s], weights[s + 1], weights[s + 2], weights[s + 3]];
+    let at = s * C + first;
+    for (let i = 0; i < D; i++, at++) {
+      y[i] += a * values[at] + b * values[at + C] + c * values[at + 2 * C] + d * values[at + 3 * C];
+    }
+  }
+  for (; s < S; s++) for (let i = 0; i < D; i++) y[i] += weights[s] * values[s * C + first + i];
+}
+
+class FeedForward {
+  constructor(config, weights, name) {
+    this.activation = ACTIVATIONS[config.activation];
+    this.expansion = new Linear(weights, name + ".expansion");
+    this.projection = new Linear(weights, name + ".projection");
+  }
+
+  forward(x, T) {
+    const y = this.expansion.forward(x, T);
+    const { activation } = this;
+    for (let i = 0; i < y.length; i++) y[i] = activation(y[i]);
+    return this.projection.forward(y, T);
+  }
+}
+
+class Block {
+  constructor(config, weights, name) {
+    const make_norm = NORMS[config.norm];
+    this.attention_norm = make_norm(config.n_embd, weights, name + ".attention_norm");
+    this.attention = new MultiHeadAttention(config, weights, name + ".attention");
+    this.feed_forward_norm = make_norm(config.n_embd, weights, name + ".feed_forward_norm");
+    this.feed_forward = new FeedForward(config, weights, name + ".feed_forward");
+  }
+
+  forward(x, T, angles, cache, length) {
+    x = add(x, this.attention.forward(this.attention_norm.forward(x, T), T, angles, cache, length));
+    return add(x, this.feed_forward.forward(this.feed_forward_norm.forward(x, T), T));
+  }
+}
+
+const add = (x, y) => {
+  for (let i = 0; i < x.length; i++) x[i] += y[i];
+  return x;
+};
+
+const FACTORS = [36313, 27191, 51749];
+
+class TrigramEmbedding {
+  constructor(weights, name) {
+    this.table = new Embedding(weights, name + ".table");
+  }
+
+  add_to(row, whole, t) {
+    const hash = FACTORS.reduce((sum, factor, i) => sum + factor * whole[t + 2 - i], 0);
+    this.table.add_to(row, hash % this.table.weight.rows);
+  }
+}
+
+class GPT {
+  constructor(config, vocab_size, weights) {
+    const { n_embd: C, trigram_rows, position, norm, n_layer } = config;
+    Object.assign(this, { config, vocab_size });
+    this.token_embedding = new Embedding(weights, "token_embedding");
+    this.position_embedding = position === "learned" && new Embedding(weights, "position_embedding");
+    this.trigram_embedding = trigram_rows > 0 && new TrigramEmbedding(weights, "trigram_embedding");
+    this.embedding_norm = norm === "plain" ? NORMS.plain(C) : { forward: (x) => x };
+    this.blocks = Array.from({ length: n_layer }, (_, i) => new Block(config, weights, `blocks.${i}`));
+    this.norm = NORMS[norm](C, weights, "norm");
+    this.head = new Linear(weights, "head");
+  }
+
+  // Logits of the next character at every position, (T, V), for up to CHUNK ids.
+  forward(ids, cache) {
+    const [T, C, length] = [ids.length, this.config.n_embd, cache.length];
+    if (length + T > this.config.block_size) {
+      const { block_size } = this.config;
+      throw new Error(`${length + T} positions asked for, but block_size is ${block_size}`);
+    }
+    const preceding = cache.preceding_ids(ids);
+    let x = new Float32Array(T * C);
+    for (let t = 0; t < T; t++) {
+      const row = x.subarray(t * C, (t + 1) * C);
+      this.token_embedding.add_to(row, ids[t]);
+      if (this.position_embedding) this.position_embedding.add_to(row, length + t);
+      if (this.trigram_embedding) this.trigram_embedding.add_to(row, [...preceding, ...ids], t);
+    }
+    x = this.embedding_norm.forward(x, T);
+    const rotary = !this.position_embedding;
+    const angles = rotary && rotary_angles(length, T, C / this.config.n_head);
+    this.blocks.forEach((block, layer) => {
+      x = block.forward(x, T, angles, cache.layers[layer], length);
+    });
+    const logits = this.head.forward(this.norm.forward(x, T), T);
+    cache.logits.set(logits, length * this.vocab_size);
+    cache.length += T;
+    return logits;
+  }
+}
+
+// ---- the weights, as page.py writes them ----
+
+// base64 to {name: {rows, columns, stride, values}}: float16 or float32, one matrix after the other.
+function read_weights(base64, { dtype, shapes }, simd = true) {
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  const numbers = dtype === "float16" ? half_to_float(bytes.buffer) : new Float32Array(bytes.buffer);
+  const size = (rows, columns) => padded(rows) * padded(columns);
+  const multiplied = shapes.filter(([name]) => !name.includes("embedding"));
+  const widest = padded(Math.max(...multiplied.flatMap(([, rows, columns]) => [rows, columns])));
+  const floats = shapes.reduce((sum, [, rows, columns]) => sum + size(rows, columns), 0);
+  const kernel = new Kernel(floats + 2 * CHUNK * widest, simd);
+  const weights = { kernel };
+  let start = 0;
+  for (const [name, rows, columns] of shapes) {
+    const [stride, values] = [padded(columns), kernel.allocate(size(rows, columns))];
+    for (let row = 0; row < rows; row++, start += columns) {
+      values.set(numbers.subarray(start, start + columns), row * stride);
+    }
+    weights[name] = { rows, columns, stride, values };
+  }
+  weights.input = kernel.allocate(CHUNK * widest);
+  weights.output = kernel.allocate(CHUNK * widest);
+  return weights;
+}
+
+// The value of each of the 65,536 float16 numbers is computed once, then looked up.
+function half_to_float(buffer) {
+  const table = new Float32Array(65536);
+  for (let half = 0; half < 65536; half++) {
+    const [sign, exponent, fraction] = [half >> 15 ? -1 : 1, (half >> 10) & 31, half & 1023];
+    table[half] = sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
+  }
+  return new Float32Array(new Uint16Array(buffer)).map((half) => table[half]);
+}
+
+// ---- vocabulary.py ----
+
+const [MAX_NAMED, MAX_POSITIONS] = [10, 3];
+
+class Vocabulary {
+  // Code points, since two lone surrogates side by side would become one character of a string;
+  // stand_ins: for a character that is not known, what an old text has in its place.
+  constructor(code_points, stand_ins) {
+    this.characters = code_points.map((code) => String.fromCodePoint(code));
+    this.stand_ins = stand_ins;
+    this.ids = new Map(this.characters.map((character, id) => [character, id]));
+  }
+
+  get opening() {
+    return this.ids.has("\n") ? "\n" : this.characters[0];
+  }
+
+  encode(text) {
+    const characters = Array.from(text);
+    const positions = [...characters.keys()].filter((position) => !this.ids.has(characters[position]));
+    if (positions.length) throw new Error(this.describe_unknown(characters, positions));
+    return characters.map((character) => this.ids.get(character));
+  }
+
+  describe_unknown(text, positions) {
+    const places = new Map();
+    for (const position of positions) {
+      if (!places.has(text[position])) places.set(text[position], []);
+      places.get(text[position]).push(position);
+    }
+    const named = [...places].slice(0, MAX_NAMED).map((entry) => this.describe(...entry));
+    if (places.size > MAX_NAMED) named.push(`and ${grouped(places.size - MAX_NAMED)} other characters`);
+    return (
+      `the vocabulary of ${grouped(this.characters.length)} characters has no ` +
+      `${named.join("; ")} (positions count from 0)`
+    );
+  }
+
+  describe(character, places) {
+    let where = "position " + places.slice(0, MAX_POSITIONS).join(", ");
+    if (places.length > MAX_POSITIONS) where += ` and ${grouped(places.length - MAX_POSITIONS)} more`;
+    const nearest = this.nearest(character).map(repr).join(" or ");
+    const hint = nearest && `, nearest known: ${nearest}`;
+    const shown = is_combining(character) ? `'${escaped(character)}'` : repr(character);
+    return `${shown} (${code_name(character)}) at ${where}${hint}`;
+  }
+
+  nearest(character) {
+    const stand_ins = this.stand_ins[character] ?? "";
+    const [bare] = character.normalize("NFKD");
+    const candidates = [swapcase(character), ...stand_ins, bare, swapcase(bare)];
+    return [...new Set(candidates)].filter((candidate) => this.ids.has(candidate));
+  }
+}
+
+const grouped = (number) => number.toLocaleString("en-US");
+
+const swapcase = (text) =>
+  text === text.toLowerCase() ? text.toUpperCase() : text.toLowerCase();
+
+const code_name = (character) =>
+  "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+
+// Python's repr and ascii of one character.
+function repr(character) {
+  if (character === "'") return `"'"`;
+  const printable = character === " " || !/[\p{C}\p{Z}]/u.test(character);
+  return `'${printable && character !== "\\" ? character : escaped(character)}'`;
+}
+
+function escaped(character) {
+  const short = { "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\" }[character];
+  const code = character.codePointAt(0);
+  const digits = (letter, n) => `\\${letter}${code.toString(16).padStart(n, "0")}`;
+  return short ?? (code < 0x100 ? digits("x", 2) : code < 0x10000 ? digits("u", 4) : digits("U", 8));
+}
+
+// Normalization sorts combining characters by their class, and moves no others: one of class 240
+// before it or of class 1 behind it changes places with it if it combines.
+function is_combining(character) {
+  const [first] = character.normalize("NFD");
+  return ["\u0345" + first, first + "\u0334"].some((text) => text.normalize("NFD") !== text);
+}
+
+// ---- generation.py ----
+
+// What it finds wrong is said in the words of GenerationConfig.
+function check_settings({ max_new_chars, temperature, top_k, top_p }) {
+  if (!(Number.isInteger(max_new_chars) && max_new_chars >= 0))
+    throw new Error(`max_new_chars is ${max_new_chars}; it must be a whole number of at least 0`);
+  if (!(temperature >= 0 && temperature < Infinity))
+    throw new Error(`temperature is ${temperature}; it must be 0 or a positive number`);
+  if (top_k !== null && !(Number.isInteger(top_k) && top_k >= 1))
+    throw new Error(`top_k is ${top_k}; it must be a whole number of at least 1`);
+  if (top_p !== null && !(top_p > 0 && top_p <= 1))
+    throw new Error(`top_p is ${top_p}; it must be greater than 0 and at most 1`);
+}
+
+// seed is a BigInt: any whole number, of which the lowest 64 bits count.
+function uniform(seed, sample, position) {
+  let bits = mix(position);
+  for (const word of [sample, BigInt.asUintN(32, seed), BigInt.asUintN(32, seed >> 32n)])
+    bits = mix(bits ^ Number(word));
+  return bits / 2 ** 32;
+}
+
+function mix(bits) {
+  bits = (bits + 0x9e3779b9) >>> 0;
+  bits = Math.imul(bits ^ (bits >>> 16), 0x7feb352d);
+  bits = Math.imul(bits ^ (bits >>> 15), 0x846ca68b);
+  return (bits ^ (bits >>> 16)) >>> 0;
+}
+
+function softmax(logits) {
+  let [highest, total] = [-Infinity, 0];
+  for (const logit of logits) highest = Math.max(highest, logit);
+  const probabilities = Float64Array.from(logits, (logit) => Math.exp(logit - highest));
+  for (const probability of probabilities) total += probability;
+  return probabilities.map((probability) => probability / total);
+}
+
+const by_falling = (numbers) =>
+  Array.from(numbers.keys()).sort((a, b) => numbers[b] - numbers[a] || a - b);
+
+const argmax = (numbers) => numbers.reduce((best, n, i) => (n > numbers[best] ? i : best), 0);
+
+// The first part of `sample`: what each id's share is, (V), after temperature, top-k and top-p.
+function probabilities_of(logits, { temperature, top_k, top_p }) {
+  if (temperature === 0) {
+    const likeliest = argmax(logits);
+    return Float64Array.from(logits, (_, id) => (id === likeliest ? 1 : 0));
+  }
+  const nucleus = top_p !== null && top_p < 1;
+  const likeliest_first = top_k !== null || nucleus ? by_falling(logits) : [];
+  const highest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  const scaled = Float64Array.from(logits, (logit) => (logit - highest) / temperature);
+  if (top_k !== null) for (const id of likeliest_first.slice(top_k)) scaled[id] = -Infinity;
+  const probabilities = softmax(scaled);
+  if (nucleus) {
+    let cumulative = 0;
+    for (const id of likeliest_first) {
+      const probability = probabilities[id];
+      cumulative += probability;
+      if (cumulative - probability >= top_p) probabilities[id] = 0;
+    }
+  }
+  return probabilities;
+}
+
+function sample(logits, config, uniform) {
+  if (config.temperature === 0) return argmax(logits);
+  let total = 0;
+  const cumulative = probabilities_of(logits, config).map((probability) => (total += probability));
+  return cumulative.findIndex((share) => share / total > uniform);
+}
+
+function window_length(length, block_size) {
+  if (length <= block_size) return length;
+  const least = (block_size + 1) >> 1;
+  return least + ((length - block_size - 1) % (block_size - least + 1));
+}
+
+// Continue a prompt. Yields after each step: what is new, and the passage that was read for it. While
+// a window is read nothing is new, and whoever waits for the next character can do something else.
+function* generate(gpt, prompt, config, which = 0) {
+  const { block_size } = gpt.config;
+  const least = window_length(block_size + 1, block_size);
+  let window = prompt.slice(-window_length(prompt.length, block_size));
+  let length = prompt.length;
+  let cache = new KVCache(gpt);
+  const chunk = (ids) => ({ ids, cache, first: length - window.length });
+  if (config.max_new_chars === 0) return;
+  for (const _ of prefill(gpt, cache, window.slice(0, -1))) yield chunk([]);
+  for (let left = config.max_new_chars; left > 0; left--) {
+    const logits = gpt.forward(window.slice(-1), cache);
+    const id = sample(logits, config, uniform(config.seed, which, length));
+    length += 1;
+    window.push(id);
+    yield chunk([id]);
+    if (window.length > block_size && left > 1) {
+      window = window.slice(-least);
+      cache = new KVCache(gpt);
+      for (const _ of prefill(gpt, cache, window.slice(0, -1))) yield chunk([]);
+    }
+  }
+}
+
+// Read what the cache does not hold yet of a passage. Yields after each chunk; others may read on.
+function* prefill(gpt, cache, ids) {
+  while (cache.length < ids.length) {
+    gpt.forward(ids.slice(cache.length, cache.length + CHUNK), cache);
+    yield;
+  }
+}
+
+// ---- looking inside, as in inspection.py and TextGenerator.score ----
+
+const PASSAGES_BYTES = 2 ** 28; // of passages that are remembered; others are read again
+
+// A text, and what the network made of it: passages of up to block_size characters, each read with a
+// KVCache of its own. A text that is generated consists of its windows; one that is only read is cut
+// as `score` cuts it, so that its mean is the same.
+class Reading {
+  constructor(gpt, ids, generated) {
+    const { n_layer, n_embd, block_size } = gpt.config;
+    Object.assign(this, { gpt, ids, generated, passages: new Map() });
+    const bytes = 4 * block_size * (3 * n_layer * n_embd + gpt.vocab_size);
+    this.most = Math.max(2, Math.floor(PASSAGES_BYTES / bytes));
+  }
+
+  // The first character of those from which the one at `position` is predicted.
+  first_of(position) {
+    const { block_size } = this.gpt.config;
+    if (this.generated) return position - window_length(position, block_size);
+    return Math.floor((position - 1) / block_size) * block_size;
+  }
+
+  remember(first, cache) {
+    this.passages.delete(first); // the newest last
+    this.passages.set(first, cache);
+    if (this.passages.size > this.most) this.passages.delete(this.passages.keys().next().value);
+  }
+
+  // Read on until the character at `position` is predicted; yields after each chunk.
+  *reach(position) {
+    const first = this.first_of(position);
+    const cache = this.passages.get(first) ?? new KVCache(this.gpt);
+    this.remember(first, cache);
+    for (const _ of prefill(this.gpt, cache, this.ids.slice(first, position))) yield;
+    return cache;
+  }
+
+  logits(cache, position) {
+    const row = position - 1 - this.first_of(position);
+    return cache.logits.subarray(row * this.gpt.vocab_size, (row + 1) * this.gpt.vocab_size);
+  }
+
+  // Surprise in nats at what stands at positions from ... to - 1, all of one passage.
+  losses(cache, from, to) {
+    const losses = [];
+    for (let position = from; position < to; position++)
+      losses.push(cross_entropy(this.logits(cache, position), this.ids[position]));
+    return losses;
+  }
+
+  // How much the character before `position` looked at those before it: of a head, or their mean.
+  attention(cache, position, layer, head) {
+    const { n_embd: C, n_head } = this.gpt.config;
+    const row = position - 1 - this.first_of(position);
+    const heads = head === null ? Array.from({ length: n_head }, (_, i) => i) : [head];
+    const weights = heads.map((h) => attention_weights(cache.layers[layer], h, row, C, C / n_head));
+    return weights[0].map((_, s) => weights.reduce((sum, w) => sum + w[s], 0) / heads.length);
+  }
+}
+
+function cross_entropy(logits, id) {
+  let [highest, total] = [-Infinity, 0];
+  for (const logit of logits) highest = Math.max(highest, logit);
+  for (const logit of logits) total += Math.exp(logit - highest);
+  return Math.log(total) + highest - logits[id];
+}
+
+// ---- the worker: all of this off the page's main thread ----
+
+// A message in is a job, and its answers carry its number. A job lets messages in every few
+// milliseconds; a new text ends the job before it.
+class Server {
+  constructor(post) {
+    this.post = post;
+    this.text_job = null;
+  }
+
+  async answer(message) {
+    try {
+      await this[message.type](message);
+    } catch (error) {
+      this.post({ type: "failed", job: message.job, message: error.message });
+    }
+  }
+
+  load({ job, config, vocab_size, weights, base64 }) {
+    this.gpt = new GPT(config, vocab_size, read_weights(base64, weights));
+    this.post({ type: "loaded", job });
+  }
+
+  stop() {
+    this.text_job = null;
+  }
+
+  async write({ job, prompt, settings }) {
+    this.text_job = job;
+    const reading = (this.reading = new Reading(this.gpt, [...prompt], true));
+    const report = this.reporter(job);
+    let known = 1; // losses before are known; those of earlier windows than the prompt's are not read
+    while (reading.first_of(known) < reading.first_of(prompt.length)) known += 1;
+    for (const { ids, cache, first } of generate(this.gpt, prompt, settings)) {
+      if (reading.passages.get(first) !== cache) reading.remember(first, cache);
+      reading.ids.push(...ids);
+      const end = Math.min(first + cache.length + 1, reading.ids.length);
+      if (end > known) report(ids, known, reading.losses(cache, known, end));
+      known = Math.max(known, end);
+      if (await report.pause()) break;
+    }
+    report.end();
+  }
+
+  async score({ job, ids }) {
+    this.text_job = job;
+    const reading = (this.reading = new Reading(this.gpt, ids, false));
+    const report = this.reporter(job);
+    const { block_size } = this.gpt.config;
+    for (let known = 1, stopped = false; known < ids.length && !stopped; ) {
+      const end = Math.min(known + Math.min(CHUNK, block_size - ((known - 1) % block_size)), ids.length);
+      const cache = await this.finish(reading.reach(end - 1));
+      report([], known, reading.losses(cache, known, end));
+      known = end;
+      stopped = await report.pause();
+    }
+    report.end();
+  }
+
+  async look({ job, position, layer, head }) {
+    const { reading } = this;
+    const cache = await this.finish(reading.reach(position));
+    const logits = reading.logits(cache, position).slice();
+    const weights = layer === null ? [] : reading.attention(cache, position, layer, head);
+    this.post({ type: "seen", job, position, logits, weights, first: reading.first_of(position) });
+  }
+
+  async finish(generator) {
+    for (;;) {
+      const { value, done } = generator.next();
+      if (done) return value;
+      await breath();
+    }
+  }
+
+  // Collects what is new, and sends it a few times a second: the page draws no faster.
+  reporter(job) {
+    let [ids, from, losses, sent, started] = [[], null, [], 0, performance.now()];
+    const send = () => {
+      if (losses.length) this.post({ type: "text", job, ids, from, losses });
+      [ids, from, losses, sent] = [[], null, [], performance.now()];
+    };
+    const report = (more_ids, position, more_losses) => {
+      if (from !== null && position !== from + losses.length) send();
+      from ??= position;
+      ids.push(...more_ids);
+      losses.push(...more_losses);
+    };
+    report.pause = async () => {
+      if (performance.now() - sent > 30) {
+        send();
+        await breath();
+      }
+      return this.text_job !== job;
+    };
+    report.end = () => {
+      send();
+      const stopped = this.text_job !== job;
+      this.post({ type: "ended", job, stopped, seconds: (performance.now() - started) / 1000 });
+      if (!stopped) this.text_job = null;
+    };
+    return report;
+  }
+}
+
+// Let messages in. Not setTimeout, which waits 4 ms when it is called again and again.
+const breath = () =>
+  new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+
+if (typeof WorkerGlobalScope !== "undefined") {
+  const server = new Server((message) => postMessage(message));
+  onmessage = ({ data }) => server.answer(data);
+}

@@ -1,0 +1,633 @@
+"""The page that writes: what Python puts in, what its script computes, what a browser shows."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass, fields
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import browser as chromium
+import numpy as np
+import pytest
+import torch
+
+from chargpt.checkpoints import CheckpointError
+from chargpt.export import page
+from chargpt.export.page import KNOWN, as_script_data, check_known, export, figures
+from chargpt.generation import GenerationConfig, sample, uniform
+from chargpt.inspection import inspect
+from chargpt.model import ACTIVATIONS, GPT, NORMS, GPTConfig
+from chargpt.text_generator import TextGenerator
+from chargpt.vocabulary import UnknownCharacterError, Vocabulary
+
+CHARACTERS = "\n !',.abcdefghé‘"
+CHECKPOINT = {"datamodule_hyper_parameters": {"corpus": "/home/someone/secret/poems.txt"}, "global_step": 5}
+RUN = Path(__file__).with_name("page.cjs")
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(not NODE, reason="there is no node")
+needs_browser = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.missing() or "-")
+
+SWITCHES = {
+    "learned": dict(),
+    "rotary": dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37),
+    "gelu": dict(norm="plain", activation="gelu", trigram_rows=5, n_head=1),
+    "odd": dict(n_embd=15, n_head=3, bias=False, activation="gelu", block_size=7),  # rows to be padded
+    "pairs": dict(n_embd=18, n_head=3, position="rotary", activation="relu2", block_size=1),
+    "long": dict(position="rotary", block_size=150, zero_init=True),  # several chunks
+}
+
+
+def make_generator(characters: str = CHARACTERS, half: bool = False, **switches) -> TextGenerator:
+    sizes = dict(block_size=20, n_embd=16, n_head=2, n_layer=2)
+    gpt = GPT(GPTConfig(**sizes | switches), len(characters))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+            if half:
+                parameter.copy_(parameter.half())
+    return TextGenerator(gpt, Vocabulary(characters)).eval()
+
+
+def make_page(folder: Path, generator: TextGenerator, dtype: str = "float32") -> Path:
+    export(generator, CHECKPOINT, folder / "page.html", dtype)
+    return folder / "page.html"
+
+
+def node(path: Path, script: str, input=None, simd: bool = True):
+    """The value of a script among those of the page."""
+    request = json.dumps({"script": script, "input": input, "simd": simd})
+    command = [NODE, str(RUN), str(path)]
+    result = subprocess.run(command, input=request, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> tuple[Path, TextGenerator]:
+    """A page and its network, to be looked at only."""
+    generator = make_generator()
+    return make_page(tmp_path_factory.mktemp("page"), generator), generator
+
+
+# ---- what Python puts in ----
+
+
+def parts(path: Path) -> dict[str, str]:
+    found = re.findall(r'<script[^>]*id="(\w+)">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
+    return dict(found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_file_holds_the_weights_and_little_more(tmp_path, dtype):
+    generator = make_generator(n_embd=64, trigram_rows=3000)
+    path = make_page(tmp_path, generator, dtype)
+    size = sum(parameter.numel() for parameter in generator.parameters()) * (2 if dtype == "float16" else 4)
+    assert path.stat().st_size < 1.4 * size + 60_000
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_figures_are_the_runs_and_the_folders_of_the_corpus_stay_private(usual):
+    path, generator = usual
+    data = json.loads(parts(path)["data"])
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    assert data["figures"] == dict(parameters=count, corpus="poems.txt", steps=5, val_loss=None)
+    assert b"secret" not in path.read_bytes()
+
+
+def test_the_validation_loss_is_that_of_these_weights():
+    gpt = make_generator().gpt
+    scores = {"callbacks": {"other": {}, "best": {"current_score": torch.tensor(1.5)}}}
+    named = dict(CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "tiny-shakespeare"}, **scores)
+    assert figures(gpt, named | {"validated_step": 5})["val_loss"] == 1.5
+    assert figures(gpt, named | {"validated_step": 4})["val_loss"] is None
+    assert figures(gpt, named)["corpus"] == "tiny-shakespeare"
+
+
+def test_a_hostile_vocabulary_is_data():
+    hostile = "</script><script>alert(1)</script><!--\u2028\u2029\u202e'\"\\\x00\ud800\U0001f600{{weights}}"
+    text = as_script_data({hostile: [hostile]})
+    assert text.isascii() and text.isprintable() and "<" not in text
+    assert json.loads(text) == {hostile: [hostile]}
+
+
+def test_names_are_not_looked_at_for_places_to_put_things_in(tmp_path):
+    checkpoint = dict(CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "{{weights}}</script>"})
+    export(make_generator(), checkpoint, tmp_path / "page.html", "float16")
+    found = parts(tmp_path / "page.html")
+    assert list(found) == ["data", "weights", "kernel", "network", "view"]
+    assert json.loads(found["data"])["figures"]["corpus"] == "script>"  # what stands after the last /
+
+
+def test_the_page_forbids_itself_everything_but_its_own_scripts(usual):
+    html = usual[0].read_text("utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-inline" not in policy and "http" not in policy and "*" not in policy
+    assert policy.count("'sha256-") == 4
+    assert not re.search(r'(?:src|href)=|url\(|@import| on\w+="| style="', html)
+
+
+# ---- refusals ----
+
+
+def test_every_setting_of_the_network_is_known_with_its_choices():
+    assert set(KNOWN) == {field.name for field in fields(GPTConfig)}
+    assert set(KNOWN["activation"]) == set(ACTIVATIONS) and set(KNOWN["norm"]) == set(NORMS)
+
+
+def test_a_setting_that_the_page_does_not_know_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Newer(GPTConfig):
+        sliding: int = 3
+
+    generator = make_generator()
+    generator.gpt.config = Newer(block_size=20, n_embd=16, n_head=2, n_layer=2)
+    with pytest.raises(ValueError, match=r"does not know the setting sliding \(3\)"):
+        export(generator, CHECKPOINT, tmp_path / "page.html", "float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_that_the_page_does_not_know_is_refused():
+    generator = make_generator()
+    object.__setattr__(generator.gpt.config, "activation", "swiglu")
+    with pytest.raises(ValueError, match="does not know activation 'swiglu', only relu, gelu, relu2"):
+        check_known(generator.gpt)
+
+
+@pytest.mark.parametrize("value, says", [(1e5, "no finite float16 number; try --export.dtype float32"), (math.nan, "no finite float16 number$")])
+def test_weights_that_cannot_be_written_are_refused(tmp_path, value, says):
+    generator = make_generator()
+    with torch.no_grad():
+        generator.gpt.head.bias[3] = value
+    with pytest.raises(ValueError, match="^head.bias has a weight that is " + says):
+        export(generator, CHECKPOINT, tmp_path / "page.html", "float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_too_large_for_a_page_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="cannot hold weights of [0-9,]+ bytes, at most 1,000"):
+        export(make_generator(), CHECKPOINT, tmp_path / "page.html", "float16")
+
+
+def test_a_missing_folder_and_a_folder_in_its_place_are_refused(tmp_path):
+    generator = make_generator()
+    with pytest.raises(ValueError, match="there is no folder"):
+        export(generator, CHECKPOINT, tmp_path / "none" / "page.html", "float16")
+    with pytest.raises(ValueError, match="it is not a file"):
+        export(generator, CHECKPOINT, tmp_path, "float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "page.html").write_text("old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(make_generator(), CHECKPOINT, tmp_path / "page.html", "float16")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+def test_the_command(trained, tmp_path, command):
+    result = command(trained, "export", "--to", "page", "--output", str(tmp_path / "romeo.html"))
+    assert result.status == 0 and "wrote" in result.err and not result.out
+    assert json.loads(parts(tmp_path / "romeo.html")["data"])["figures"]["corpus"] == "text.txt"
+
+
+def test_a_checkpoint_of_another_project_is_refused(tmp_path, command):
+    torch.save({"model": {}}, tmp_path / "other.ckpt")
+    result = command(tmp_path, "export", "--to", "page", "--output", "page.html", "--ckpt_path", "other.ckpt")
+    assert result.status == 1 and "another project" in result.err
+    assert issubclass(CheckpointError, ValueError)
+    assert [p.name for p in tmp_path.iterdir()] == ["other.ckpt"]
+
+
+# ---- what its script computes ----
+
+
+@needs_node
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("dtype, simd", [("float32", True), ("float32", False), ("float16", True)])
+def test_logits_are_those_of_pytorch(tmp_path, switches, dtype, simd):
+    generator = make_generator(half=dtype == "float16", **switches)
+    block_size, V = generator.gpt.config.block_size, len(CHARACTERS)
+    ids = random.Random(2).choices(range(V), k=block_size)
+    found = node(make_page(tmp_path, generator, dtype), "logits_of(input)", ids, simd)
+    with torch.no_grad():
+        expected = generator.gpt(torch.tensor([ids]))[0]
+    torch.testing.assert_close(torch.tensor(found).view(block_size, V), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.5  # a network that says something
+
+
+SETTINGS = [
+    dict(temperature=0.0),
+    *(dict(temperature=0.8, top_k=5, seed=seed) for seed in (1, -1, 2**70 + 3, 2**32)),
+    dict(temperature=1.3, top_p=0.7, seed=5),
+    dict(temperature=0.5, top_k=9, top_p=0.9, seed=6),
+    dict(temperature=1.0, top_k=100, top_p=1.0),
+]
+WRITE = """
+input.map(({ prompt, settings }) => {
+  settings.seed = BigInt(settings.seed);
+  check_settings(settings);
+  const chunks = generate(gpt, vocabulary.encode(prompt), settings);
+  return [...chunks].flatMap(({ ids }) => ids.map((id) => vocabulary.characters[id])).join("");
+})
+"""
+
+
+@needs_node
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_texts_are_those_of_predict(tmp_path, switches):
+    generator = make_generator(**switches)
+    texts = [("ab", s) for s in SETTINGS] + [("bad café, a face. " * 9, SETTINGS[1]), ("!", SETTINGS[2])]
+    given = []
+    for prompt, changes in texts:
+        settings = dict(max_new_chars=80, temperature=0.8, top_k=None, top_p=None, seed=0) | changes
+        given.append({"prompt": prompt, "settings": settings | {"seed": str(settings["seed"])}})
+    found = node(make_page(tmp_path, generator), WRITE, given)
+    for (prompt, settings), text in zip(texts, found):
+        assert prompt + text == generator.complete(prompt, max_new_chars=80, **settings)
+
+
+@needs_node
+def test_random_numbers_are_pythons(usual):
+    random.seed(3)
+    cases = [(random.randrange(-(2**70), 2**70), random.randrange(9), random.randrange(10**6)) for _ in range(300)]
+    cases += [(0, 0, 0), (-1, 0, 1), (2**64, 1, 2**33)]
+    given = [[str(seed), sample, position] for seed, sample, position in cases]
+    found = node(usual[0], "input.map(([seed, ...rest]) => uniform(BigInt(seed), ...rest))", given)
+    assert found == [uniform(*case) for case in cases]
+
+
+@needs_node
+def test_sampling_breaks_ties_as_python_does(usual):
+    random.seed(4)
+    logits = [[random.choice([0.0, 1.0, 1.5, -2.0]) for _ in range(12)] for _ in range(60)]
+    configs = [dict(temperature=t, top_k=k, top_p=p) for t in (0, 0.7) for k in (None, 1, 4) for p in (None, 0.5, 0.85)]
+    numbers = [random.random() for _ in logits]
+    script = "input.configs.map((c) => input.logits.map((l, i) => sample(Float32Array.from(l), c, input.numbers[i])))"
+    found = node(usual[0], script, dict(logits=logits, configs=configs, numbers=numbers))
+    rows, uniforms = torch.tensor(logits), torch.tensor(numbers, dtype=torch.float64)
+    assert found == [sample(rows, GenerationConfig(**config), uniforms).tolist() for config in configs]
+
+
+@needs_node
+def test_erfc_is_exact_to_the_precision_of_float32(usual):
+    points = [i / 100 for i in range(-700, 701)]
+    for point, found in zip(points, node(usual[0], "input.map(erfc)", points)):
+        assert math.isclose(found, math.erfc(point), rel_tol=2e-7)
+
+
+@needs_node
+def test_float16_is_read_exactly(usual):
+    halves = np.arange(65536, dtype=np.uint16)
+    finite = halves[np.isfinite(halves.view(np.float16))]
+    found = node(usual[0], "Array.from(half_to_float(Uint16Array.from(input).buffer))", finite.tolist())
+    assert np.array_equal(np.float32(found), finite.view(np.float16).astype(np.float32))
+
+
+SERVE = """
+(async () => {
+  const messages = [];
+  const server = new Server((message) => messages.push(message));
+  server.answer({ type: "load", job: 1, config: DATA.config, vocab_size: gpt.vocab_size, weights: DATA.weights, base64 });
+  for (const message of input) {
+    if (message.settings) message.settings.seed = BigInt(message.settings.seed);
+    await server.answer(message);
+  }
+  for (const message of messages) for (const key in message)
+    if (ArrayBuffer.isView(message[key])) message[key] = Array.from(message[key]);
+  return messages;
+})()
+"""
+
+
+@needs_node
+@pytest.mark.parametrize("switches", ["learned", "odd", "pairs"])
+def test_a_text_that_is_read_has_the_losses_of_score(tmp_path, switches):
+    generator = make_generator(**SWITCHES[switches])
+    text = "abba, bad café! face. 'a bed' " * 3
+    given = [dict(type="score", job=2, ids=generator.encode(text))]
+    messages = node(make_page(tmp_path, generator), SERVE, given)
+    losses = [loss for message in messages if message["type"] == "text" for loss in message["losses"]]
+    torch.testing.assert_close(torch.tensor(losses), generator.score(text).losses, rtol=0, atol=1e-4)
+    assert messages[-1]["type"] == "ended" and not messages[-1]["stopped"]
+
+
+@needs_node
+@pytest.mark.parametrize("most", [2**28, 1])  # with passages that are remembered, and forgotten
+@pytest.mark.parametrize("switches", ["learned", "rotary", "odd"])
+def test_a_look_shows_what_the_network_saw_when_it_wrote(tmp_path, switches, most):
+    """At every character of a text that outgrew the window: logits and attention of its window."""
+    generator = make_generator(**SWITCHES[switches])
+    config, prompt = generator.gpt.config, "a face, a bad café " * 2
+    settings = dict(max_new_chars=40, temperature=0.8, top_k=None, top_p=None, seed="3")
+    text = generator.complete(prompt, max_new_chars=40, seed=3)
+    ids = generator.encode(text)
+    looks = [
+        dict(type="look", job=position, position=position, layer=1, head=head)
+        for position in [70, *range(1, len(ids) + 1)]
+        for head in (None, 1)
+        if position <= len(ids)
+    ]
+    path = make_page(tmp_path, generator)
+    path.write_text(path.read_text("utf-8").replace("PASSAGES_BYTES = 2 ** 28", f"PASSAGES_BYTES = {most}"), "utf-8")
+    messages = node(path, SERVE, [dict(type="write", job=2, prompt=ids[: len(prompt)], settings=settings), *looks])
+    written = [m for m in messages if m["type"] == "text"]
+    assert ids[len(prompt) :] == [id for message in written for id in message["ids"]]
+    losses = {m["from"] + i: loss for m in written for i, loss in enumerate(m["losses"])}
+    assert list(losses)[-1] == len(ids) - 1
+    seen = [m for m in messages if m["type"] == "seen"]
+    assert len(seen) == len(looks)
+    for look, message in zip(looks, seen):
+        position, first = look["position"], message["first"]
+        assert position - first <= config.block_size and (position == first + 1) <= (position == 1 or config.block_size < 3)
+        with inspect(generator.gpt) as layers, torch.no_grad():
+            logits = generator.gpt(torch.tensor([ids[first:position]]))[0, -1]
+        weights = layers[1].attention[0, :, -1]
+        weights = weights.mean(0) if look["head"] is None else weights[1]
+        torch.testing.assert_close(torch.tensor(message["logits"]), logits, rtol=0, atol=1e-4)
+        found = torch.tensor(message["weights"], dtype=torch.float32)
+        torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
+        if position in losses:
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[position])).item()
+            assert math.isclose(losses[position], loss, abs_tol=1e-4)
+
+
+@needs_node
+def test_unknown_characters_are_named_as_in_python(usual):
+    path, generator = usual
+    texts = ["É“”", "x\u0301\u0344\ufe0f\u20dd", "\u202e\t\r\x00\x85\xa0\\\U0001f600 🜚", "Ab" * 3 + "XYZ" * 5, "ijklmnopqrstuvw", "´`„ﬁÅß"]
+    script = "input.map((text) => { try { return vocabulary.encode(text) } catch (error) { return error.message } })"
+    for text, found in zip(texts, node(path, script, texts)):
+        with pytest.raises(UnknownCharacterError) as refused:
+            generator.vocabulary.encode(text)
+        assert found == str(refused.value)
+
+
+@needs_node
+def test_settings_are_refused_in_pythons_words(usual):
+    bad = [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.5), dict(max_new_chars=-1)]
+    usual_settings = dict(max_new_chars=5, temperature=0.8, top_k=None, top_p=None)
+    script = "input.map((s) => { try { check_settings(s); return '' } catch (error) { return error.message } })"
+    for settings, found in zip(bad, node(usual[0], script, [usual_settings | b for b in bad])):
+        with pytest.raises(ValueError) as refused:
+            GenerationConfig(**settings)
+        assert found.replace("a whole number of ", "") == str(refused.value)
+
+
+# ---- what a browser shows ----
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory):
+    if chromium.missing():
+        pytest.skip(chromium.missing())
+    with chromium.browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(chrome, usual):
+    chrome.open(usual[0])
+    return chrome
+
+
+def test_it_writes_the_text_of_predict_and_asks_for_nothing(chrome, usual):
+    path, generator = usual
+    chrome.requests(), chrome.problems()
+    chrome.open(path)
+    assert chrome.write("a bad café", temperature=0, max_new_chars=60) == generator.complete("a bad café", temperature=0, max_new_chars=60)
+    for seed in (1, -(2**40)):
+        text = chrome.write("ab", temperature=0.8, top_k=5, max_new_chars=100, seed=seed)
+        assert text == generator.complete("ab", temperature=0.8, top_k=5, max_new_chars=100, seed=seed)
+    assert chrome.text("#text").removesuffix("…") == text
+    assert chrome.write("", max_new_chars=3, seed=1)[0] == "\n"
+    chrome.js("select(2)")
+    chrome.wait("inside.logits")
+    asked = {url.partition(":")[0] for url in chrome.requests()}
+    assert asked <= {"file", "blob"}
+    assert chrome.problems() == []
+
+
+def test_nothing_can_be_fetched(opened):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    attempts = [
+        f"fetch('{address}/fetch', {{mode: 'no-cors'}})",
+        f"new Promise((good, bad) => {{ const i = new Image(); i.onload = good; i.onerror = bad; i.src = '{address}/image' }})",
+        f"import('{address}/module')",
+        "new Promise((good, bad) => { const s = document.createElement('script'); s.onload = good; s.onerror = bad; s.src = 'data:text/javascript,1'; document.body.append(s) })",
+    ]
+    for attempt in attempts:
+        script = f"const done = arguments[0]; ({attempt}).then(() => done('through'), () => done('refused'))"
+        assert opened.driver.execute_async_script(script) == "refused", attempt
+    assert "Content Security Policy" in " ".join(opened.problems())
+    server.shutdown()
+    assert asked == []
+
+
+def test_a_click_shows_what_was_expected_and_the_sliders_move_it(opened, usual):
+    generator = usual[1]
+    text = opened.write("abba", temperature=1, max_new_chars=10, seed=2)
+    opened.driver.execute_script("window.eighth = text.spans[7]")
+    opened.js("eighth").click()
+    opened.wait("inside.logits")
+    with torch.no_grad():
+        logits = generator.gpt(torch.tensor([generator.encode(text[:7])]))[0, -1]
+    shares = logits.softmax(-1)
+    assert opened.text("#bars li:first-child .percent") == f"{shares.max():.0%}".replace("%", " %")
+    actual = generator.encode(text[7])[0]
+    assert f"{-shares[actual].log2():.2f} bits" in opened.text("#seen")
+    assert opened.element("#position").get_property("value") == "7"
+    opened.fill("#top_k", 1)
+    assert opened.text("#bars li:first-child .percent") == "100 %"
+    assert opened.text("#bars li:nth-child(2) .percent") == "0 %"
+    opened.fill("#top_k", len(CHARACTERS))
+    opened.fill("#temperature", 0)
+    assert opened.text("#bars li:first-child .percent") == "100 %"
+
+
+def test_attention_is_shaded(opened, usual):
+    generator = usual[1]
+    text = opened.write("abba", temperature=1, max_new_chars=12, seed=2)
+    opened.js("select(9)")
+    opened.wait("inside.logits")
+    for selector, label in (("#layer", "Layer 2"), ("#head", "Head 1")):
+        opened.element(selector).send_keys(label)
+    opened.wait("document.querySelector('#looked').textContent.includes('this head')")
+    with inspect(generator.gpt) as layers, torch.no_grad():
+        generator.gpt(torch.tensor([generator.encode(text[:9])]))
+    weights = layers[1].attention[0, 0, -1]
+    found = [float(w or 0) for w in opened.js("text.spans.map((s) => s.style.getPropertyValue('--weight'))")]
+    torch.testing.assert_close(torch.tensor(found[:9]), weights / weights.max(), rtol=0, atol=1e-3)
+    assert not any(found[9:])
+    assert opened.element("#text").get_attribute("data-shade") == "attention"
+    painted = opened.js("getComputedStyle(text.spans[arguments[0]]).backgroundColor", int(weights.argmax()))
+    assert "46, 108, 196" in painted
+
+
+def test_a_pasted_text_is_scored(opened, usual):
+    text = "a bad café, 'a bed'\n" * 40
+    opened.fill("#prompt", text)
+    opened.click("#score")
+    opened.wait("text.ended")
+    assert f"{usual[1].score(text).bits:.3f} bits per character" in opened.text("#status")
+    assert opened.js("text.characters.join('')") == text
+    assert opened.js("text.losses.filter((loss) => loss > 0).length") == len(text) - 1
+
+
+def test_it_works_from_the_keyboard(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.fill("#max_new_chars", 30)
+    opened.element("#prompt").send_keys("abba", Keys.CONTROL, Keys.ENTER)
+    opened.wait("text.ended")
+    text = opened.element("#text")
+    text.send_keys(Keys.HOME)
+    assert opened.js("inside.position") == 1
+    text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    assert opened.js("inside.position") == 2
+    text.send_keys(Keys.END, Keys.ARROW_RIGHT)
+    assert opened.js("inside.position") == 34
+    opened.wait("inside.seen === 34")
+    assert opened.text("#seen") == "What would come next?"
+    text.send_keys(Keys.ARROW_UP, Keys.ARROW_DOWN, Keys.ESCAPE)
+    assert opened.js("inside.position") is None
+    position = opened.element("#position")
+    position.send_keys("3", Keys.TAB)
+    opened.wait("inside.seen === 3")
+    stop = opened.js("(document.getElementById('write').focus(), document.activeElement.id)")
+    assert stop == "write"
+    opened.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    opened.wait("text.ended")
+    assert opened.js("document.activeElement.id") == "write"
+
+
+def test_everything_to_fill_in_has_a_name(opened):
+    unnamed = opened.js(
+        "[...document.querySelectorAll('input, textarea, select, button')].filter((e) => !e.labels?.length "
+        "&& !e.textContent.trim() && !e.ariaLabel).map((e) => e.outerHTML)"
+    )
+    assert unnamed == []
+    live = opened.js("[...document.querySelectorAll('[role=status], [role=alert]')].map((e) => e.id)")
+    assert live == ["problem", "status", "seen"]
+
+
+def test_what_is_wrong_is_said_and_the_field_is_named(opened, usual):
+    opened.fill("#prompt", "abÉ“")
+    opened.click("#write")
+    with pytest.raises(UnknownCharacterError) as refused:
+        usual[1].vocabulary.encode("abÉ“")
+    assert opened.text("#problem") == str(refused.value)
+    assert opened.element("#prompt").get_attribute("aria-invalid") == "true"
+    for field, value, says in [("seed", "1.5", "whole number"), ("max_new_chars", "-1", "at least 0"), ("max_new_chars", "", "whole number")]:
+        opened.fill("#prompt", "ab")
+        opened.fill("#seed", 1)
+        opened.fill("#max_new_chars", 5)
+        opened.fill(f"#{field}", value)
+        opened.click("#write")
+        assert says in opened.text("#problem")
+        assert opened.element(f"#{field}").get_attribute("aria-invalid") == "true"
+    opened.fill("#prompt", "a")
+    opened.click("#score")
+    assert opened.text("#problem") == "a text of fewer than two characters has none to predict"
+    assert opened.write("ab", max_new_chars=5) and opened.text("#problem") == ""
+
+
+def test_stop_and_the_page_answers_while_it_writes(opened):
+    opened.fill("#prompt", "abba")
+    opened.fill("#max_new_chars", 10**7)
+    opened.click("#write")
+    opened.wait("text.characters.length > 100")
+    opened.js("select(50)")
+    opened.wait("inside.seen === 50", 2)
+    opened.click("#stop")
+    opened.wait("text.ended", 2)
+    assert opened.text("#status").startswith("Stopped.")
+    count = opened.js("text.characters.length")
+    assert opened.js("text.characters.length") == count < 10**6
+    assert len(opened.write("ab", max_new_chars=5)) == 7
+
+
+def test_what_was_written_can_be_copied(opened):
+    text = opened.write("ab\nba\n\nc", max_new_chars=16)
+    assert opened.text("#text") == text
+    opened.js("(document.execCommand = () => { window.copied = document.activeElement.value })")
+    opened.js("(navigator.clipboard.writeText = () => Promise.reject())")
+    opened.click("#copy")
+    opened.wait("window.copied !== undefined")
+    assert opened.js("window.copied") == text
+    opened.js("(navigator.clipboard.writeText = async (text) => { window.copied = 'by ' + text })")
+    opened.click("#copy")
+    opened.wait("window.copied.startsWith('by')")
+    assert opened.js("window.copied") == "by " + text
+    # and by hand: lines are blocks of the page, but what is selected has no newline more
+    opened.js("getSelection().selectAllChildren(document.getElementById('text'))")
+    assert opened.js("getSelection().toString()").rstrip("\n") == text.rstrip("\n")
+    assert "Copied 24 characters" in opened.text("#status")
+
+
+HOSTILE = "".join(sorted(set("</script><img src=x onerror=pwn()>&\"'`\\\n\t\r\u2028\u2029\u202e\u200f\u0301😀{}\x00\ud83d\ude00")))
+LARGE = "".join(map(chr, [10, *range(0x4E00, 0x4E00 + 4999)]))
+
+
+@pytest.mark.parametrize("characters", [HOSTILE, LARGE, "x"], ids=["hostile", "large", "single"])
+def test_any_vocabulary_is_written_as_text(chrome, tmp_path, characters):
+    generator = make_generator(characters, half=True)
+    chrome.problems()
+    chrome.open(make_page(tmp_path, generator, "float16"))
+    text = chrome.write("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
+    expected = generator.complete("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
+    assert text == expected
+    assert chrome.js("document.querySelectorAll('script, img, #text > div > :not(span)').length") == 4
+    assert chrome.js("typeof pwn") == "undefined"
+    chrome.js("select(5)")
+    chrome.wait("inside.logits")
+    assert len(chrome.driver.find_elements("css selector", "#bars li")) >= min(10, len(characters))
+    assert chrome.problems() == []
+
+
+def test_nothing_sticks_out_on_a_phone_and_it_is_dark_in_the_dark(opened):
+    metrics = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
+    opened.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        opened.driver.refresh()
+        opened.wait("!document.getElementById('write').disabled")
+        opened.js("document.getElementById('prompt').value = 'abcdefgh'.repeat(30)")
+        opened.click("#write")
+        opened.wait("text.ended")
+        opened.js("select(8)")
+        opened.wait("inside.logits")
+        assert opened.js("document.documentElement.scrollWidth") == 390
+        for scheme, dark in (("light", False), ("dark", True)):
+            media = dict(features=[dict(name="prefers-color-scheme", value=scheme)])
+            opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            color = opened.js("getComputedStyle(document.body).backgroundColor")
+            assert (max(map(int, re.findall(r"\d+", color))) < 60) is dark
+    finally:
+        opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[]))
+        opened.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
