@@ -3,10 +3,10 @@
     page.html   words and looks            page.js     model.py and generation.py, in JavaScript
     view.js     what a click does          kernel.js   the matrix product, in WebAssembly
 
-They are put together here with the weights, the vocabulary and the run's figures. These are data in
-script elements that no browser runs, and cannot end them. A content security policy lets the page's
-own scripts run, recognized by their hashes, and forbids everything else: nothing can be fetched, and
-nothing that is written can leave.
+They are put together here with the weights, the vocabulary and the run's figures. These are data
+in script elements that no browser runs, and cannot end them. A content security policy lets the
+page's own scripts run, recognized by their hashes, and forbids everything else: nothing can be
+fetched, and nothing that is written can leave.
 """
 
 import base64
@@ -102,7 +102,8 @@ def figures(gpt: GPT, checkpoint: dict[str, Any]) -> dict[str, Any]:
         val_loss = float(scores[0]) if scores else None
     return {
         "parameters": sum(parameter.numel() for parameter in gpt.parameters()),
-        "corpus": re.split(r"[\\/]", corpus)[-1] or None,  # the folders before it are nobody's business
+        "corpus": re.split(r"[\\/]", corpus)[-1]
+        or None,  # the folders before it are nobody's business
         "steps": steps,
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
     }
@@ -134,7 +135,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
 
 
 def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
-    """All weights in little-endian order, and name, rows and columns of each; vectors are one row."""
+    """All weights in little-endian order, and name, rows and columns of each (vectors: one row)."""
     size = sum(parameter.numel() for parameter in gpt.parameters()) * DTYPES[dtype].itemsize
     if size > MAX_BYTES:
         raise ValueError(f"a page cannot hold weights of {size:,} bytes, at most {MAX_BYTES:,}")
