@@ -343,8 +343,9 @@ must not be longer than {B} characters.
 def how_it_was_trained(checkpoint: dict[str, Any]) -> tuple[str, str]:
     """The name of the corpus, and two sections of the model card, as far as is known."""
     model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
-    path = str(data.get("corpus_name") or data.get("corpus") or "an unknown text")
-    corpus, step = Path(path.replace("\\", "/")).name, checkpoint["global_step"]
+    name = str(data.get("corpus_name") or data.get("corpus") or "an unknown text")
+    path, step = Path(name.replace("\\", "/").removesuffix("/input.txt")), checkpoint["global_step"]
+    corpus = path.name  # no folder of the machine it was trained on
     if origin := checkpoint.get("origin"):
         return corpus, f"## Training\n\n{origin}\n"
     linked = {"block_size", "seed", "_instantiator"}
