@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from chargpt.cli.main import main
+from chargpt.data import corpus as finding
 from chargpt.training import callbacks
 
 # The same examples each time; other ones: pytest --hypothesis-profile=default
@@ -75,6 +76,20 @@ def alone(tmp_path_factory):
         patch.setattr(callbacks, "SAMPLE_CHARS", 20)
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The user's cache is a folder of the test's own, and no environment variable names another."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(finding, "cache_dir", lambda: folder)
+    monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Which characters are read: random blocks as a function of the seed, and a cover of a split."""
 
+import hashlib
+import multiprocessing
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -8,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_data, write_text
+from torch.utils.data import DataLoader
 
-from chargpt.corpus import CorpusError
-from chargpt.data import CharDataModule, EvaluationBatches, TrainingBatches
+from chargpt.data import CharDataModule
+from chargpt.data.blocks import EvaluationBlocks, RandomBlocks
+from chargpt.data.corpus import CorpusError
 
 TOKENS = np.arange(60_000, dtype=np.uint16)  # each id says where it stands
 sizes = st.integers(1, 12)
@@ -26,7 +31,7 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     tokens = TOKENS[:characters]
     seen = Counter()
     for rank in range(world_size):
-        batches = EvaluationBatches(tokens, block_size, batch_size, rank, world_size)
+        batches = EvaluationBlocks(tokens, block_size, batch_size, rank, world_size)
         read = list(batches)
         assert len(read) == len(batches) >= 1  # all ranks take part
         for batch in read:
@@ -48,9 +53,9 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
 def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_size, seed, k):
     """One device with the whole batch reads what several read together; no block twice in a batch."""
     tokens = TOKENS[:500]
-    alone = TrainingBatches(tokens, block_size, batch_size * world_size, seed)[k]
+    alone = RandomBlocks(tokens, block_size, batch_size * world_size, seed)[k]
     ranks = [
-        TrainingBatches(tokens, block_size, batch_size, seed, r, world_size)[k]
+        RandomBlocks(tokens, block_size, batch_size, seed, r, world_size)[k]
         for r in range(world_size)
     ]
     assert torch.equal(torch.cat(ranks), alone)
@@ -62,21 +67,21 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
 
 
 def test_every_place_of_the_split_can_be_read():
-    batches = TrainingBatches(TOKENS[:20], block_size=4, batch_size=8, seed=0)
+    batches = RandomBlocks(TOKENS[:20], block_size=4, batch_size=8, seed=0)
     starts = {start for k in range(50) for start in batches[k][:, 0].tolist()}
     assert starts == set(range(16))  # the last block ends with the last character
 
 
 def test_a_split_of_one_block_fills_a_batch():
     assert (
-        TrainingBatches(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
+        RandomBlocks(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
         == [[0, 1, 2, 3, 4]] * 3
     )
 
 
 def test_batches_differ_between_steps_and_seeds_and_go_on_anywhere():
     def first(seed, start, n):
-        reading = iter(TrainingBatches(TOKENS, 8, 4, seed, first=start))
+        reading = iter(RandomBlocks(TOKENS, 8, 4, seed, first=start))
         return [next(reading).tolist() for _ in range(n)]
 
     assert first(1, 0, 6)[3:] == first(1, 3, 3)
@@ -88,13 +93,25 @@ def test_batches_differ_between_steps_and_seeds_and_go_on_anywhere():
 def test_workers_change_nothing(tmp_path, num_workers):
     data = make_data(tmp_path, num_workers=num_workers)
     data.setup()
-    expected = TrainingBatches(data.train_tokens, 8, 4, seed=1)
+    expected = RandomBlocks(data.train_tokens, 8, 4, seed=1)
     for k, batch in zip(range(5), data.train_dataloader()):
         assert torch.equal(batch, expected[k])
     targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
     assert torch.equal(
         targets.sort().values, torch.from_numpy(data.val_tokens[1:].copy()).sort().values
     )
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_map_the_text_themselves(tmp_path, method):
+    """However they start: one that is spawned gets the place of the text and not a copy."""
+    data = make_data(tmp_path, corpus=str(write_text(tmp_path, 200_000)))
+    data.setup()
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
+    assert len(pickle.dumps(train)) < 1000 and len(pickle.dumps(val)) < 1000
+    loader = DataLoader(train, batch_size=None, num_workers=1, multiprocessing_context=method)
+    for k, batch in zip(range(3), loader):
+        assert torch.equal(batch, train[k])
 
 
 def test_splits(tmp_path):
@@ -104,6 +121,9 @@ def test_splits(tmp_path):
     assert [len(part) for part in parts] == [1400, 400, 200]
     assert data.vocabulary.decode(np.concatenate(parts)) == write_text(tmp_path).read_text()
     assert data.hparams.corpus == str(tmp_path / "text.txt")
+    assert (
+        data.hparams.corpus_digest == hashlib.sha256(write_text(tmp_path).read_bytes()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +132,9 @@ def test_splits(tmp_path):
         (dict(block_size=0), "block_size is 0"),
         (dict(batch_size=-1), "batch_size is -1"),
         (dict(num_workers=-1), "num_workers is -1"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(block_size=8.0), "block_size is 8.0; it must be a whole number from 1 on"),
+        (dict(batch_size="4"), "batch_size is '4'"),
         (dict(val_fraction=-0.1), "must not be negative"),
         (dict(val_fraction=0.5, test_fraction=0.5), "leave something to train on"),
         (dict(val_fraction=float("nan")), "leave something to train on"),

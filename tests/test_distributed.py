@@ -8,11 +8,19 @@ import pytest
 import torch
 from lightning import Callback
 from test_resume import StopAt
-from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
+from tiny import (
+    MUON,
+    assert_same,
+    last,
+    make_data,
+    make_module,
+    make_trainer,
+    open_text,
+    write_text,
+)
 
-from chargpt import corpus
 from chargpt.checkpoints import read_checkpoint
-from chargpt.corpus import UnavailableError
+from chargpt.data.corpus import NAMED_TEXTS, UnavailableError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 
@@ -111,15 +119,17 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, n
 
 
 def test_all_ranks_take_the_fallback_that_the_first_had_to_take(tmp_path, monkeypatch):
-    def not_to_be_had(places):
+    def not_to_be_had(folders):
+        (tmp_path / "asked for").touch()
         raise UnavailableError("no network")
 
-    monkeypatch.setattr(corpus, "_tiny_shakespeare", not_to_be_had)
+    monkeypatch.setitem(NAMED_TEXTS, "tiny-shakespeare", not_to_be_had)
     fallback = dict(
         corpus="tiny-shakespeare", fallback_corpus="python-reference", val_fraction=0.001
     )
     first, second = train(tmp_path, data=fallback, max_steps=2, **TWO)
-    text = corpus.open_corpus("python-reference", tmp_path / "cache").tokens
+    assert (tmp_path / "asked for").exists()
+    text = open_text("python-reference", tmp_path / "cache").tokens
     windows = np.lib.stride_tricks.sliding_window_view(text, 9)
     for record in (first, second):
         block = record["batches"][0][0].numpy()

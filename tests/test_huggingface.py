@@ -10,8 +10,7 @@ import torch
 
 import chargpt
 from chargpt.export import huggingface
-from chargpt.export.huggingface import ExportError, export
-from chargpt.files import whole_folder
+from chargpt.export.huggingface import ExportError, export, whole_folder
 from chargpt.model import GPT, GPTConfig
 from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import Vocabulary

@@ -8,6 +8,8 @@ from lightning import Trainer
 
 from chargpt.cli.train import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
+from chargpt.data.corpus import find_text
+from chargpt.data.token_file import Corpus, open_corpus
 from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
 from chargpt.training.module import GPTModule
 from chargpt.training.resume import LastCheckpoint
@@ -22,6 +24,26 @@ def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") 
             alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet)))
         )
     return path
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def open_text(corpus: str, data_dir: Path | None = None, fallback: str | None = None) -> Corpus:
+    return open_corpus(find_text(corpus, data_dir, fallback))
+
+
+def token_files(folder: Path) -> list[Path]:
+    """All token files below a folder, half-written ones too."""
+    return sorted(folder.rglob("*.npy*"))
+
+
+def expected_ids(text: str) -> list[int]:
+    ids = {character: id for id, character in enumerate(sorted(set(text)))}
+    return [ids[character] for character in text]
 
 
 def make_data(folder: Path, **settings) -> CharDataModule:

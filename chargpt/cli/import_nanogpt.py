@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
+from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import LAST_NAME, LOGS, new_run
 from chargpt.cli.main import COMMANDS
 from chargpt.cli.parsing import checked
 from chargpt.export.from_nanogpt import checkpoint_of
-from chargpt.files import whole_file
 
 
 def run(command: str, args: list[str]) -> None:
@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> None:
     folder = new_run(Path(LOGS))
     path = folder / "checkpoints" / f"{LAST_NAME}.ckpt"
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.save(checkpoint, file)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # no folder of a run of which nothing came

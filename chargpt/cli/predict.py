@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
 from chargpt.cli.parsing import checked
-from chargpt.files import whole_file
 from chargpt.generation import GenerationConfig
 from chargpt.text_generator import TextChunk, TextGenerator
 
@@ -191,7 +191,7 @@ def destination(output: str) -> Iterator[Write]:
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
     interrupt = None
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         try:
             yield codecs.getwriter("utf-8")(file, "replace").write
         except KeyboardInterrupt as error:  # what was written so far is what is wanted

@@ -9,7 +9,11 @@ with rotary ones. Whatever neither can hold is refused.
 
 import json
 import math
+import shutil
 import struct
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,6 @@ import yaml
 from torch import Tensor
 
 import chargpt
-from chargpt.files import whole_folder
 from chargpt.generation import GenerationConfig
 from chargpt.model import GPT, GPTConfig
 from chargpt.text_generator import TextGenerator
@@ -69,6 +72,30 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
         card = model_card(generator, checkpoint)
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
         write_safetensors(folder / "model.safetensors", weights)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when all went well and else leaves nothing.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder that holds something.
+    """
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise FileExistsError(f"{path} holds files already; name another folder, or empty it")
+    elif path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} is a file; name a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # empty: renaming onto a folder is an error on Windows
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- the network ----

@@ -7,8 +7,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import BEST_NAME, CheckpointError
-from chargpt.files import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -22,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         try:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
             raise CheckpointError(

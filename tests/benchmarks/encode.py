@@ -60,7 +60,8 @@ def write_text(path: Path, n_bytes: int, letters: str) -> None:
 
 def measure(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from chargpt.corpus import open_corpus
+    from chargpt.data.corpus import find_text
+    from chargpt.data.token_file import open_corpus
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -69,7 +70,7 @@ def measure(folder: Path) -> None:
         path = folder / f"{name}.txt"
         size = path.stat().st_size / MB
         start, start_cpu = time.perf_counter(), time.process_time()
-        corpus = open_corpus(str(path), folder)
+        corpus = open_corpus(find_text(str(path), folder))
         seconds, seconds_cpu = time.perf_counter() - start, time.process_time() - start_cpu
         peak = peak_memory()  # so far, which only says something about the first text
         text = corpus.vocabulary.decode(corpus.tokens[:SLICE])
@@ -82,8 +83,8 @@ def measure(folder: Path) -> None:
 
     for name in ("large", "small"):
         path = str(folder / f"{name}.txt")
-        tokens = open_corpus(path, folder).tokens
-        opening = median_seconds(lambda: open_corpus(path, folder), 20)
+        tokens = open_corpus(find_text(path, folder)).tokens
+        opening = median_seconds(lambda: open_corpus(find_text(path, folder)), 20)
         draw = random.Random(0)
         starts = lambda: (draw.randrange(len(tokens) - BLOCK) for _ in range(BATCH))
         reading = median_seconds(lambda: [tokens[i : i + BLOCK].copy() for i in starts()], 500)

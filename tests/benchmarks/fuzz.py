@@ -24,10 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from chargpt.arguments import COMMANDS
 
-from chargpt import callbacks
-from chargpt.cli import main as chargpt
+from chargpt.cli.main import main as chargpt
+from chargpt.training import callbacks
 from chargpt.vocabulary import Vocabulary
 
 CONFIG = """\
@@ -40,6 +39,7 @@ TEXT = "The king walks in the garden; the queen sings.\n" * 40
 STRANGE = (
     "\0", "\u202e", "\u200f", "\ufeff", "e\u0301", "🙂", "👩‍👩‍👧", "\ud800", "\udfff", "\u2028", "\x1b[31m", "日本", "ß", "\r", "\t",
 )  # fmt: skip
+COMMANDS = ("fit", "validate", "test", "predict")
 FLAGS = {  # each with values that it cannot have
     "fit": {
         "--model.n_embd": ["0", "-4", "7", "1.5", "1e3x", "null", "[]", "nan", "9" * 30],
@@ -128,7 +128,7 @@ def bad_command(random: random.Random) -> list[str]:
             "fitt",
             "Fit",
             "train",
-            "--version",
+            "--verbose",
             "-c",
             "--config=tiny.yaml",
             "help",

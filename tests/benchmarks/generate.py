@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from chargpt.generation import Sampling, generate
+from chargpt.generation import GenerationConfig, generate
 from chargpt.model import GPT, GPTConfig
 
 CHARACTERS = "".join(map(chr, range(32, 97)))  # as many as tiny Shakespeare has
@@ -38,9 +38,8 @@ def lap(what):
     print(f"  {what:32s} {time.perf_counter() - start:6.3f} s")
     start = time.perf_counter()
 import torch; lap("import torch")
-import chargpt.predict; lap("import what writing needs")
-import chargpt.cli; lap("import Lightning's command line")
-generator = chargpt.text_generator.load(PATH); lap("load the checkpoint")
+import chargpt.cli.predict; lap("import what predict needs")
+generator = chargpt.load(PATH); lap("load the checkpoint")
 from chargpt import generation
 stream = generator.stream(PROMPT)
 prefill = generation.prefill
@@ -84,7 +83,7 @@ def seconds(work) -> float:
 
 
 def write(gpt: GPT, samples: int, chars: int):
-    return generate(gpt, [[0]] * samples, [f"0/{n}" for n in range(samples)], chars, Sampling())
+    return generate(gpt, [[0]] * samples, GenerationConfig(max_new_chars=chars), range(samples))
 
 
 @torch.inference_mode()
@@ -94,7 +93,7 @@ def against_recomputing(gpt: GPT, samples: int, chars: int, every: int) -> None:
     for n in range(1, chars + 1):
         cached.append(seconds(lambda: next(steps)))
         if n % every == 0:
-            window = torch.randint(len(CHARACTERS), (samples, min(n, gpt.block_size)))
+            window = torch.randint(len(CHARACTERS), (samples, min(n, gpt.config.block_size)))
             recomputed.append(seconds(lambda: recompute(gpt, window)))
     fast, slow = (samples / statistics.mean(times) for times in (cached, recomputed))
     print(

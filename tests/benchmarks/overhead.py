@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from chargpt.cli import ChargptCLI
-from chargpt.data import CharDataModule, TrainingBatches
-from chargpt.training.module import GPTModule
+from chargpt.cli.train import TrainingCLI
+from chargpt.data import CharDataModule
+from chargpt.data.blocks import RandomBlocks
+from chargpt.training import GPTModule
 
 CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
 WARM_UP_STEPS = 2
@@ -42,7 +43,7 @@ class PlainLoop:
         self.optimizer = module.configure_optimizers()
         self.gpt, module.gpt = module.gpt, trained
         h = data.hparams
-        self.batches = iter(TrainingBatches(data.train_tokens, h.block_size, h.batch_size, h.seed))
+        self.batches = iter(RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed))
 
     def step(self) -> None:
         batch = next(self.batches).long()
@@ -88,9 +89,9 @@ def main() -> None:
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),
     ):
-        cli = ChargptCLI(
+        cli = TrainingCLI(
+            "fit",
             [
-                "fit",
                 f"--config={config}",
                 f"--trainer.max_steps={WARM_UP_STEPS + options.steps + 1}",
                 f"--trainer.default_root_dir={folder}",
@@ -99,8 +100,9 @@ def main() -> None:
                 "--model.schedule=constant",
                 "--model.short_contexts=null",
                 *options.flags,
-            ]
+            ],
         )
+        cli.run()
         checkpoint = Path(folder, "timed.ckpt")
         checkpoint_s = statistics.median(
             seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5)

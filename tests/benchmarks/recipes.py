@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from chargpt.cli import ChargptCLI
+from chargpt.cli.train import TrainingCLI
 
 HERE = Path(__file__).resolve().parent
 NANOGPT = HERE / "nanogpt-cpu.yaml"
@@ -64,7 +64,7 @@ class Clock(Callback):
         self.validating_s += time.perf_counter() - self.paused
 
 
-class MeasuredCLI(ChargptCLI):
+class MeasuredCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         self.clock = Clock()
@@ -79,9 +79,11 @@ def run(config: Path, seed: int, flags: list[str]) -> dict[str, Any]:
         os.chdir(folder)
         try:
             with contextlib.redirect_stderr(nowhere):
-                clock = MeasuredCLI(
-                    ["fit", f"--config={config}", f"--seed_everything={seed}", *flags]
-                ).clock
+                cli = MeasuredCLI(
+                    "fit", [f"--config={config}", f"--seed_everything={seed}", *flags]
+                )
+                cli.run()
+                clock = cli.clock
         finally:
             os.chdir(home)
     step, seconds, loss = clock.curve[-1]
