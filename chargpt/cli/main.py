@@ -16,6 +16,7 @@ COMMANDS = {  # each is a function `run(command, args)` in the module that is na
     "test": ("train", "Print a checkpoint's loss on the part of the text kept to test on."),
     "predict": ("predict", "Write text with a checkpoint, to standard output."),
     "export": ("export", "Turn a checkpoint into a page that writes, or a Hugging Face model."),
+    "import": ("import_nanogpt", "Make a run of a checkpoint of nanoGPT."),
 }
 
 

@@ -41,6 +41,7 @@ KNOWN: dict[str, tuple[str, ...] | None] = {
     "position": ("learned", "rotary"),
     "norm": ("layer", "plain"),
     "bias": None,
+    "qkv_bias": None,
     "activation": ("relu", "gelu", "relu2"),
     "zero_init": None,
     "trigram_rows": None,
