@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from chargpt import checkpoints
 from chargpt.checkpoints import CheckpointError
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import checked, read_config
+from chargpt.cli.parsing import checked, find_config, read_config, shipped_configs
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
 from chargpt.training import GPTModule
@@ -98,7 +98,8 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=SEED,
             parser_kwargs={
                 "prog": f"python -m chargpt {command}",
-                "description": COMMANDS[command][1],
+                "description": f"{COMMANDS[command][1]} --config takes files, and names of shipped "
+                f"configurations: {', '.join(shipped_configs())}.",
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt flag is an error, not another flag
             },
@@ -134,11 +135,12 @@ class TrainingCLI(LightningCLI):
             known, typed = split.parse_known_args(args)
         except argparse.ArgumentError:
             fail("--config needs the name of a file", status=2)
-        for name in known.config:
+        configs = [find_config(name) for name in known.config]
+        for name in configs:
             self.check(name)
-        self.config = self.parse(known.config, typed)
+        self.config = self.parse(configs, typed)
         if self.command != "fit" or self.config.ckpt_path is not None:
-            self.restore(known.config, typed)
+            self.restore(configs, typed)
         check_trainer(self.config.trainer)
         if self.command == "fit":
             check_end(self.config)
