@@ -310,9 +310,13 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of_run(checkpoint: Path) -> list[str]:
-    """The configuration beside a checkpoint, where there is one."""
+    """The configuration beside a checkpoint, where there is one, as text."""
     config = checkpoint.absolute().parents[1] / "config.yaml"
-    return [str(config)] if config.is_file() else []
+    if not config.is_file():
+        return []
+    saved = yaml.safe_load(read_config(str(config)))
+    groups = ("trainer", "model", "data")  # version 0.1 also kept arguments of Trainer.fit
+    return [yaml.safe_dump({name: saved[name] for name in groups if name in saved})]
 
 
 def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
