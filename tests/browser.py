@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 QUIET = (  # no first run, no updates, no account: what Chromium asks for by itself
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
@@ -99,7 +101,11 @@ def browser(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Pa
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in (*QUIET.split(), f"--user-data-dir={profile}", f"--window-size={width},{height}"):
+    for argument in (
+        *QUIET.split(),
+        f"--user-data-dir={profile}",
+        f"--window-size={width},{height}",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))

@@ -27,7 +27,10 @@ from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import UnknownCharacterError, Vocabulary
 
 CHARACTERS = "\n !',.abcdefghé‘"
-CHECKPOINT = {"datamodule_hyper_parameters": {"corpus": "/home/someone/secret/poems.txt"}, "global_step": 5}
+CHECKPOINT = {
+    "datamodule_hyper_parameters": {"corpus": "/home/someone/secret/poems.txt"},
+    "global_step": 5,
+}
 RUN = Path(__file__).with_name("page.cjs")
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(not NODE, reason="there is no node")
@@ -35,9 +38,13 @@ needs_browser = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.mis
 
 SWITCHES = {
     "learned": dict(),
-    "rotary": dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37),
+    "rotary": dict(
+        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37
+    ),
     "gelu": dict(norm="plain", activation="gelu", trigram_rows=5, n_head=1),
-    "odd": dict(n_embd=15, n_head=3, bias=False, activation="gelu", block_size=7),  # rows to be padded
+    "odd": dict(
+        n_embd=15, n_head=3, bias=False, activation="gelu", block_size=7
+    ),  # rows to be padded
     "pairs": dict(n_embd=18, n_head=3, position="rotary", activation="relu2", block_size=1),
     "long": dict(position="rotary", block_size=150, zero_init=True),  # several chunks
 }
@@ -88,7 +95,9 @@ def parts(path: Path) -> dict[str, str]:
 def test_the_file_holds_the_weights_and_little_more(tmp_path, dtype):
     generator = make_generator(n_embd=64, trigram_rows=3000)
     path = make_page(tmp_path, generator, dtype)
-    size = sum(parameter.numel() for parameter in generator.parameters()) * (2 if dtype == "float16" else 4)
+    size = sum(parameter.numel() for parameter in generator.parameters()) * (
+        2 if dtype == "float16" else 4
+    )
     assert path.stat().st_size < 1.4 * size + 60_000
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
@@ -104,7 +113,9 @@ def test_figures_are_the_runs_and_the_folders_of_the_corpus_stay_private(usual):
 def test_the_validation_loss_is_that_of_these_weights():
     gpt = make_generator().gpt
     scores = {"callbacks": {"other": {}, "best": {"current_score": torch.tensor(1.5)}}}
-    named = dict(CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "tiny-shakespeare"}, **scores)
+    named = dict(
+        CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "tiny-shakespeare"}, **scores
+    )
     assert figures(gpt, named | {"validated_step": 5})["val_loss"] == 1.5
     assert figures(gpt, named | {"validated_step": 4})["val_loss"] is None
     assert figures(gpt, named)["corpus"] == "tiny-shakespeare"
@@ -118,11 +129,15 @@ def test_a_hostile_vocabulary_is_data():
 
 
 def test_names_are_not_looked_at_for_places_to_put_things_in(tmp_path):
-    checkpoint = dict(CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "{{weights}}</script>"})
+    checkpoint = dict(
+        CHECKPOINT, datamodule_hyper_parameters={"corpus_name": "{{weights}}</script>"}
+    )
     export(make_generator(), checkpoint, tmp_path / "page.html", "float16")
     found = parts(tmp_path / "page.html")
     assert list(found) == ["data", "weights", "kernel", "network", "view"]
-    assert json.loads(found["data"])["figures"]["corpus"] == "script>"  # what stands after the last /
+    assert (
+        json.loads(found["data"])["figures"]["corpus"] == "script>"
+    )  # what stands after the last /
 
 
 def test_the_page_forbids_itself_everything_but_its_own_scripts(usual):
@@ -157,11 +172,19 @@ def test_a_setting_that_the_page_does_not_know_is_refused(tmp_path):
 def test_a_choice_that_the_page_does_not_know_is_refused():
     generator = make_generator()
     object.__setattr__(generator.gpt.config, "activation", "swiglu")
-    with pytest.raises(ValueError, match="does not know activation 'swiglu', only relu, gelu, relu2"):
+    with pytest.raises(
+        ValueError, match="does not know activation 'swiglu', only relu, gelu, relu2"
+    ):
         check_known(generator.gpt)
 
 
-@pytest.mark.parametrize("value, says", [(1e5, "no finite float16 number; try --export.dtype float32"), (math.nan, "no finite float16 number$")])
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (1e5, "no finite float16 number; try --export.dtype float32"),
+        (math.nan, "no finite float16 number$"),
+    ],
+)
 def test_weights_that_cannot_be_written_are_refused(tmp_path, value, says):
     generator = make_generator()
     with torch.no_grad():
@@ -206,7 +229,9 @@ def test_the_command(trained, tmp_path, command):
 
 def test_a_checkpoint_of_another_project_is_refused(tmp_path, command):
     torch.save({"model": {}}, tmp_path / "other.ckpt")
-    result = command(tmp_path, "export", "--to", "page", "--output", "page.html", "--ckpt_path", "other.ckpt")
+    result = command(
+        tmp_path, "export", "--to", "page", "--output", "page.html", "--ckpt_path", "other.ckpt"
+    )
     assert result.status == 1 and "another project" in result.err
     assert issubclass(CheckpointError, ValueError)
     assert [p.name for p in tmp_path.iterdir()] == ["other.ckpt"]
@@ -250,7 +275,10 @@ input.map(({ prompt, settings }) => {
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_texts_are_those_of_predict(tmp_path, switches):
     generator = make_generator(**switches)
-    texts = [("ab", s) for s in SETTINGS] + [("bad café, a face. " * 9, SETTINGS[1]), ("!", SETTINGS[2])]
+    texts = [("ab", s) for s in SETTINGS] + [
+        ("bad café, a face. " * 9, SETTINGS[1]),
+        ("!", SETTINGS[2]),
+    ]
     given = []
     for prompt, changes in texts:
         settings = dict(max_new_chars=80, temperature=0.8, top_k=None, top_p=None, seed=0) | changes
@@ -263,7 +291,10 @@ def test_texts_are_those_of_predict(tmp_path, switches):
 @needs_node
 def test_random_numbers_are_pythons(usual):
     random.seed(3)
-    cases = [(random.randrange(-(2**70), 2**70), random.randrange(9), random.randrange(10**6)) for _ in range(300)]
+    cases = [
+        (random.randrange(-(2**70), 2**70), random.randrange(9), random.randrange(10**6))
+        for _ in range(300)
+    ]
     cases += [(0, 0, 0), (-1, 0, 1), (2**64, 1, 2**33)]
     given = [[str(seed), sample, position] for seed, sample, position in cases]
     found = node(usual[0], "input.map(([seed, ...rest]) => uniform(BigInt(seed), ...rest))", given)
@@ -274,12 +305,19 @@ def test_random_numbers_are_pythons(usual):
 def test_sampling_breaks_ties_as_python_does(usual):
     random.seed(4)
     logits = [[random.choice([0.0, 1.0, 1.5, -2.0]) for _ in range(12)] for _ in range(60)]
-    configs = [dict(temperature=t, top_k=k, top_p=p) for t in (0, 0.7) for k in (None, 1, 4) for p in (None, 0.5, 0.85)]
+    configs = [
+        dict(temperature=t, top_k=k, top_p=p)
+        for t in (0, 0.7)
+        for k in (None, 1, 4)
+        for p in (None, 0.5, 0.85)
+    ]
     numbers = [random.random() for _ in logits]
     script = "input.configs.map((c) => input.logits.map((l, i) => sample(Float32Array.from(l), c, input.numbers[i])))"
     found = node(usual[0], script, dict(logits=logits, configs=configs, numbers=numbers))
     rows, uniforms = torch.tensor(logits), torch.tensor(numbers, dtype=torch.float64)
-    assert found == [sample(rows, GenerationConfig(**config), uniforms).tolist() for config in configs]
+    assert found == [
+        sample(rows, GenerationConfig(**config), uniforms).tolist() for config in configs
+    ]
 
 
 @needs_node
@@ -293,7 +331,9 @@ def test_erfc_is_exact_to_the_precision_of_float32(usual):
 def test_float16_is_read_exactly(usual):
     halves = np.arange(65536, dtype=np.uint16)
     finite = halves[np.isfinite(halves.view(np.float16))]
-    found = node(usual[0], "Array.from(half_to_float(Uint16Array.from(input).buffer))", finite.tolist())
+    found = node(
+        usual[0], "Array.from(half_to_float(Uint16Array.from(input).buffer))", finite.tolist()
+    )
     assert np.array_equal(np.float32(found), finite.view(np.float16).astype(np.float32))
 
 
@@ -320,8 +360,12 @@ def test_a_text_that_is_read_has_the_losses_of_score(tmp_path, switches):
     text = "abba, bad café! face. 'a bed' " * 3
     given = [dict(type="score", job=2, ids=generator.encode(text))]
     messages = node(make_page(tmp_path, generator), SERVE, given)
-    losses = [loss for message in messages if message["type"] == "text" for loss in message["losses"]]
-    torch.testing.assert_close(torch.tensor(losses), generator.score(text).losses, rtol=0, atol=1e-4)
+    losses = [
+        loss for message in messages if message["type"] == "text" for loss in message["losses"]
+    ]
+    torch.testing.assert_close(
+        torch.tensor(losses), generator.score(text).losses, rtol=0, atol=1e-4
+    )
     assert messages[-1]["type"] == "ended" and not messages[-1]["stopped"]
 
 
@@ -342,8 +386,15 @@ def test_a_look_shows_what_the_network_saw_when_it_wrote(tmp_path, switches, mos
         if position <= len(ids)
     ]
     path = make_page(tmp_path, generator)
-    path.write_text(path.read_text("utf-8").replace("PASSAGES_BYTES = 2 ** 28", f"PASSAGES_BYTES = {most}"), "utf-8")
-    messages = node(path, SERVE, [dict(type="write", job=2, prompt=ids[: len(prompt)], settings=settings), *looks])
+    path.write_text(
+        path.read_text("utf-8").replace("PASSAGES_BYTES = 2 ** 28", f"PASSAGES_BYTES = {most}"),
+        "utf-8",
+    )
+    messages = node(
+        path,
+        SERVE,
+        [dict(type="write", job=2, prompt=ids[: len(prompt)], settings=settings), *looks],
+    )
     written = [m for m in messages if m["type"] == "text"]
     assert ids[len(prompt) :] == [id for message in written for id in message["ids"]]
     losses = {m["from"] + i: loss for m in written for i, loss in enumerate(m["losses"])}
@@ -352,7 +403,9 @@ def test_a_look_shows_what_the_network_saw_when_it_wrote(tmp_path, switches, mos
     assert len(seen) == len(looks)
     for look, message in zip(looks, seen):
         position, first = look["position"], message["first"]
-        assert position - first <= config.block_size and (position == first + 1) <= (position == 1 or config.block_size < 3)
+        assert position - first <= config.block_size and (position == first + 1) <= (
+            position == 1 or config.block_size < 3
+        )
         with inspect(generator.gpt) as layers, torch.no_grad():
             logits = generator.gpt(torch.tensor([ids[first:position]]))[0, -1]
         weights = layers[1].attention[0, :, -1]
@@ -368,7 +421,14 @@ def test_a_look_shows_what_the_network_saw_when_it_wrote(tmp_path, switches, mos
 @needs_node
 def test_unknown_characters_are_named_as_in_python(usual):
     path, generator = usual
-    texts = ["É“”", "x\u0301\u0344\ufe0f\u20dd", "\u202e\t\r\x00\x85\xa0\\\U0001f600 🜚", "Ab" * 3 + "XYZ" * 5, "ijklmnopqrstuvw", "´`„ﬁÅß"]
+    texts = [
+        "É“”",
+        "x\u0301\u0344\ufe0f\u20dd",
+        "\u202e\t\r\x00\x85\xa0\\\U0001f600 🜚",
+        "Ab" * 3 + "XYZ" * 5,
+        "ijklmnopqrstuvw",
+        "´`„ﬁÅß",
+    ]
     script = "input.map((text) => { try { return vocabulary.encode(text) } catch (error) { return error.message } })"
     for text, found in zip(texts, node(path, script, texts)):
         with pytest.raises(UnknownCharacterError) as refused:
@@ -378,7 +438,13 @@ def test_unknown_characters_are_named_as_in_python(usual):
 
 @needs_node
 def test_settings_are_refused_in_pythons_words(usual):
-    bad = [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.5), dict(max_new_chars=-1)]
+    bad = [
+        dict(temperature=-1),
+        dict(top_k=0),
+        dict(top_p=0),
+        dict(top_p=1.5),
+        dict(max_new_chars=-1),
+    ]
     usual_settings = dict(max_new_chars=5, temperature=0.8, top_k=None, top_p=None)
     script = "input.map((s) => { try { check_settings(s); return '' } catch (error) { return error.message } })"
     for settings, found in zip(bad, node(usual[0], script, [usual_settings | b for b in bad])):
@@ -408,10 +474,14 @@ def test_it_writes_the_text_of_predict_and_asks_for_nothing(chrome, usual):
     path, generator = usual
     chrome.requests(), chrome.problems()
     chrome.open(path)
-    assert chrome.write("a bad café", temperature=0, max_new_chars=60) == generator.complete("a bad café", temperature=0, max_new_chars=60)
+    assert chrome.write("a bad café", temperature=0, max_new_chars=60) == generator.complete(
+        "a bad café", temperature=0, max_new_chars=60
+    )
     for seed in (1, -(2**40)):
         text = chrome.write("ab", temperature=0.8, top_k=5, max_new_chars=100, seed=seed)
-        assert text == generator.complete("ab", temperature=0.8, top_k=5, max_new_chars=100, seed=seed)
+        assert text == generator.complete(
+            "ab", temperature=0.8, top_k=5, max_new_chars=100, seed=seed
+        )
     assert chrome.text("#text").removesuffix("…") == text
     assert chrome.write("", max_new_chars=3, seed=1)[0] == "\n"
     chrome.js("select(2)")
@@ -482,11 +552,16 @@ def test_attention_is_shaded(opened, usual):
     with inspect(generator.gpt) as layers, torch.no_grad():
         generator.gpt(torch.tensor([generator.encode(text[:9])]))
     weights = layers[1].attention[0, 0, -1]
-    found = [float(w or 0) for w in opened.js("text.spans.map((s) => s.style.getPropertyValue('--weight'))")]
+    found = [
+        float(w or 0)
+        for w in opened.js("text.spans.map((s) => s.style.getPropertyValue('--weight'))")
+    ]
     torch.testing.assert_close(torch.tensor(found[:9]), weights / weights.max(), rtol=0, atol=1e-3)
     assert not any(found[9:])
     assert opened.element("#text").get_attribute("data-shade") == "attention"
-    painted = opened.js("getComputedStyle(text.spans[arguments[0]]).backgroundColor", int(weights.argmax()))
+    painted = opened.js(
+        "getComputedStyle(text.spans[arguments[0]]).backgroundColor", int(weights.argmax())
+    )
     assert "46, 108, 196" in painted
 
 
@@ -533,7 +608,9 @@ def test_everything_to_fill_in_has_a_name(opened):
         "&& !e.textContent.trim() && !e.ariaLabel).map((e) => e.outerHTML)"
     )
     assert unnamed == []
-    live = opened.js("[...document.querySelectorAll('[role=status], [role=alert]')].map((e) => e.id)")
+    live = opened.js(
+        "[...document.querySelectorAll('[role=status], [role=alert]')].map((e) => e.id)"
+    )
     assert live == ["problem", "status", "seen"]
 
 
@@ -544,7 +621,11 @@ def test_what_is_wrong_is_said_and_the_field_is_named(opened, usual):
         usual[1].vocabulary.encode("abÉ“")
     assert opened.text("#problem") == str(refused.value)
     assert opened.element("#prompt").get_attribute("aria-invalid") == "true"
-    for field, value, says in [("seed", "1.5", "whole number"), ("max_new_chars", "-1", "at least 0"), ("max_new_chars", "", "whole number")]:
+    for field, value, says in [
+        ("seed", "1.5", "whole number"),
+        ("max_new_chars", "-1", "at least 0"),
+        ("max_new_chars", "", "whole number"),
+    ]:
         opened.fill("#prompt", "ab")
         opened.fill("#seed", 1)
         opened.fill("#max_new_chars", 5)
@@ -591,7 +672,13 @@ def test_what_was_written_can_be_copied(opened):
     assert "Copied 24 characters" in opened.text("#status")
 
 
-HOSTILE = "".join(sorted(set("</script><img src=x onerror=pwn()>&\"'`\\\n\t\r\u2028\u2029\u202e\u200f\u0301😀{}\x00\ud83d\ude00")))
+HOSTILE = "".join(
+    sorted(
+        set(
+            "</script><img src=x onerror=pwn()>&\"'`\\\n\t\r\u2028\u2029\u202e\u200f\u0301😀{}\x00\ud83d\ude00"
+        )
+    )
+)
 LARGE = "".join(map(chr, [10, *range(0x4E00, 0x4E00 + 4999)]))
 
 
@@ -601,9 +688,15 @@ def test_any_vocabulary_is_written_as_text(chrome, tmp_path, characters):
     chrome.problems()
     chrome.open(make_page(tmp_path, generator, "float16"))
     text = chrome.write("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
-    expected = generator.complete("", max_new_chars=300, temperature=2, top_k=len(characters), seed=1)
+    expected = generator.complete(
+        "", max_new_chars=300, temperature=2, top_k=len(characters), seed=1
+    )
     assert text == expected
-    assert chrome.js("document.querySelectorAll('script, img, #text > div > :not(span)').length") == 4
+    shown = "text.spans.slice(0, -1).map((s) => [...s.textContent].map((c) => c.codePointAt(0)))"
+    assert chrome.js(shown) == [[ord(c)] for c in expected]
+    assert (
+        chrome.js("document.querySelectorAll('script, img, #text > div > :not(span)').length") == 4
+    )
     assert chrome.js("typeof pwn") == "undefined"
     chrome.js("select(5)")
     chrome.wait("inside.logits")

@@ -82,7 +82,9 @@ def make_generator(name: str) -> TextGenerator:
         for key, parameter in gpt.named_parameters():
             if parameter.dim() > 1:
                 scale = 0.5 if "embedding" in key else parameter.size(1) ** -0.5
-                parameter.normal_(std=scale * (3 if key == "head.weight" else 1), generator=generator)
+                parameter.normal_(
+                    std=scale * (3 if key == "head.weight" else 1), generator=generator
+                )
     return TextGenerator(gpt, Vocabulary(CHARACTERS)).eval()
 
 
@@ -110,14 +112,20 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
         with torch.no_grad():
             expected = gpt(torch.tensor([generator.encode(text)]))[0, [p - 1 for p in positions]]
         differences[dtype] = (found - expected).abs().max().item()
-    print(f"  logits differ by {differences['float32']:.1e} (float32), {differences['float16']:.1e} (float16)")
+    print(
+        f"  logits differ by {differences['float32']:.1e} (float32), {differences['float16']:.1e} (float16)"
+    )
     size = path.stat().st_size
-    print(f"  {size:,} bytes: {(size - 60_000) / (2 * count):.3f} times the float16 weights, and 60,000")
+    print(
+        f"  {size:,} bytes: {(size - 60_000) / (2 * count):.3f} times the float16 weights, and 60,000"
+    )
     print(f"  open and ready after {opened:.2f} s")
 
     page.driver.execute_script(WATCH)
     speeds, firsts, gaps, same = [], [], [], 0
-    settings = [dict(temperature=0.0)] + [dict(temperature=0.8, top_k=20, seed=s) for s in range(seeds)]
+    settings = [dict(temperature=0.0)] + [
+        dict(temperature=0.8, top_k=20, seed=s) for s in range(seeds)
+    ]
     page.fill("#max_new_chars", chars)
     for chosen in settings:
         for key, value in chosen.items():
@@ -135,7 +143,9 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
         same += written == generator.complete(PROMPT, max_new_chars=chars, **chosen)
     print(f"  {same} of {len(settings)} texts of {chars} characters are predict's")
     print(f"  {max(speeds):.0f} characters per second ({min(speeds):.0f} to {max(speeds):.0f})")
-    print(f"  first character after {max(firsts):.0f} ms, the page answers within {max(gaps):.0f} ms")
+    print(
+        f"  first character after {max(firsts):.0f} ms, the page answers within {max(gaps):.0f} ms"
+    )
 
     page.fill("#prompt", (PROMPT * 100)[: gpt.config.block_size])
     page.fill("#max_new_chars", 1)
