@@ -40,7 +40,7 @@ def newest_run(root: str | Path = ".") -> Path:
     if not checkpoints:
         raise CheckpointError(
             f"no run with a checkpoint under {Path(root, LOGS).absolute()}\n"
-            "train one first: python -m chargpt fit --config configs/cpu.yaml"
+            "train one first: python -m chargpt fit --config cpu"
         )
     newest = max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.parts))
     return newest.parents[1]

@@ -60,7 +60,9 @@ class GPTConfig:
     norm: Literal[tuple(NORMS)] = "layer"  # type: ignore[valid-type]
     """layer: LayerNorm; plain: LayerNorm without gain and bias, on the embeddings as well."""
     bias: bool = True
-    """Whether linear layers add a bias (those of query, key and value never do)."""
+    """Whether linear layers add a bias (qkv_bias says so for query, key and value)."""
+    qkv_bias: bool = False
+    """Whether query, key and value add a bias, as in GPT-2."""
     activation: Literal[tuple(ACTIVATIONS)] = "relu"  # type: ignore[valid-type]
     """Of the feed-forward layers; relu2 is ReLU squared."""
     zero_init: bool = False
@@ -267,7 +269,7 @@ class MultiHeadAttention(nn.Module):
         C, dropout = config.n_embd, config.attention_dropout
         self.n_head = config.n_head
         self.attention_dropout = config.dropout if dropout is None else dropout
-        self.qkv = nn.Linear(C, 3 * C, bias=False)  # query, key and value of all heads at once
+        self.qkv = nn.Linear(C, 3 * C, config.qkv_bias)  # query, key, value of all heads
         self.projection = nn.Linear(C, C, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 

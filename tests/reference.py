@@ -36,12 +36,12 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    def __init__(self, n_embd: int, head_size: int, rotary: bool) -> None:
+    def __init__(self, n_embd: int, head_size: int, rotary: bool, bias: bool) -> None:
         super().__init__()
         self.rotary = rotary
-        self.query = nn.Linear(n_embd, head_size, bias=False)
-        self.key = nn.Linear(n_embd, head_size, bias=False)
-        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.query = nn.Linear(n_embd, head_size, bias)
+        self.key = nn.Linear(n_embd, head_size, bias)
+        self.value = nn.Linear(n_embd, head_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.size(1)
@@ -63,11 +63,13 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd, n_head, rotary, plain, bias, activation) -> None:
+    def __init__(self, n_embd, n_head, rotary, plain, bias, qkv_bias, activation) -> None:
         super().__init__()
         self.activation = activation
         self.attention_norm = Norm(n_embd, plain)
-        self.heads = nn.ModuleList(Head(n_embd, n_embd // n_head, rotary) for _ in range(n_head))
+        self.heads = nn.ModuleList(
+            Head(n_embd, n_embd // n_head, rotary, qkv_bias) for _ in range(n_head)
+        )
         self.projection = nn.Linear(n_embd, n_embd, bias)
         self.feed_forward_norm = Norm(n_embd, plain)
         self.up = nn.Linear(n_embd, 4 * n_embd, bias)
@@ -83,8 +85,8 @@ class Reference(nn.Module):
     """The settings of `chargpt.GPTConfig`, no dropout."""
 
     def __init__(
-        self, vocab_size, block_size, n_embd, n_head, n_layer, position, norm, bias, activation,
-        trigram_rows, **_,
+        self, vocab_size, block_size, n_embd, n_head, n_layer, position, norm, bias, qkv_bias,
+        activation, trigram_rows, **_,
     ) -> None:  # fmt: skip
         super().__init__()
         plain, rotary = norm == "plain", position == "rotary"
@@ -94,7 +96,7 @@ class Reference(nn.Module):
         self.table = nn.Embedding(trigram_rows, n_embd) if trigram_rows else None
         self.embedding_norm = Norm(n_embd, plain=True) if plain else None
         self.blocks = nn.ModuleList(
-            Block(n_embd, n_head, rotary, plain, bias, activation) for _ in range(n_layer)
+            Block(n_embd, n_head, rotary, plain, bias, qkv_bias, activation) for _ in range(n_layer)
         )
         self.norm = Norm(n_embd, plain)
         self.output = nn.Linear(n_embd, vocab_size, bias)
@@ -138,6 +140,8 @@ def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
         parts = [head.query for head in block.heads]
         parts += [head.key for head in block.heads] + [head.value for head in block.heads]
         names[f"blocks.{i}.attention.qkv.weight"] = [part.weight for part in parts]
+        if parts[0].bias is not None:
+            names[f"blocks.{i}.attention.qkv.bias"] = [part.bias for part in parts]
         add(f"blocks.{i}.attention.projection", block.projection)
         add(f"blocks.{i}.feed_forward_norm", block.feed_forward_norm)
         add(f"blocks.{i}.feed_forward.expansion", block.up)

@@ -426,11 +426,11 @@ def test_the_summary_says_what_is_trained_on_what(folder, command):
 
 def test_a_long_run_without_a_gpu_is_announced(folder, command, monkeypatch):
     args = ["fit", "--config=tiny.yaml", "--trainer.enable_checkpointing=false"]
-    assert "configs/cpu.yaml" not in command(folder, *args).err
+    assert "--config cpu" not in command(folder, *args).err
     monkeypatch.setattr(callbacks, "LONG_RUN_S", 0)
     result = command(folder, *args)
     assert "hours on this machine" in result.err
-    assert "configs/cpu.yaml" in result.err
+    assert "--config cpu" in result.err
 
 
 def test_bf16_on_a_processor_without_it_is_a_warning(folder, command, monkeypatch):
@@ -674,6 +674,59 @@ def test_a_text_with_other_characters_is_refused_on_going_on(run, command):
     assert "are not those of this text" in result.err
     assert read(run / RUN / "checkpoints/last.ckpt")["global_step"] == 8
     assert {name for name in names(run) - before if "ckpt" in name} == set()
+
+
+@pytest.mark.parametrize("name", ["fit", "validate"])
+def test_a_text_that_changed_is_refused_unless_it_is_named(run, command, name):
+    checkpoint = run / RUN / "checkpoints/last.ckpt"
+    text = Path(read(checkpoint)["datamodule_hyper_parameters"]["corpus"])
+    original = text.read_text()
+    args = [
+        name,
+        f"--ckpt_path={checkpoint}",
+        *(["--trainer.max_steps=9"] if name == "fit" else []),
+    ]
+    try:
+        text.write_text(original[::-1])
+        result = command(run, *args)
+        assert (result.status, "Traceback" in result.err) == (1, False)
+        assert "has changed since the checkpoint was trained on it" in result.err
+        assert command(run, *args, f"--data.corpus={text}").status == 0
+    finally:
+        text.write_text(original)
+
+
+CLOSED = [  # what the shell closes, the command, its status, and what it says
+    (">&-", "predict", 1, "standard output is closed"),
+    (">&-", "validate", 1, "standard output is closed"),
+    ("<&-", "predict --generate.prompt -", 1, "standard input is closed"),
+    ("2>&-", "predict --generate.max_new_chars 3", 0, ""),
+    (
+        ">/dev/full",
+        "predict --generate.max_new_chars 3",
+        1,
+        "cannot write to standard output: No space",
+    ),
+    (
+        "",
+        "predict --generate.max_new_chars 3 --generate.output /dev/full",
+        1,
+        "cannot write /dev/full",
+    ),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell, and a device that is full")
+@pytest.mark.parametrize("redirection, args, status, words", CLOSED)
+def test_closed_and_full_streams(trained, redirection, args, status, words):
+    environment = {**os.environ, "PYTHONPATH": str(Path(chargpt.__file__).parents[1])}
+    result = subprocess.run(
+        f"{sys.executable} -m chargpt {args} {redirection}",
+        shell=True, cwd=trained, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False), result.stderr
+    assert words in result.stderr
+    assert "checkpoint" not in result.stdout
 
 
 def test_a_test_without_a_test_split_says_how_to_get_one(run, command):

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from lightning import Callback
+from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
 
 from chargpt.checkpoints import read_checkpoint
-from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler"

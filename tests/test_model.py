@@ -13,6 +13,7 @@ SWITCHES = {
     "rotary": dict(position="rotary"),
     "plain norm": dict(norm="plain"),
     "no bias": dict(bias=False),
+    "bias of query, key and value": dict(qkv_bias=True),
     "gelu": dict(activation="gelu"),
     "relu2": dict(activation="relu2"),
     "trigrams": dict(trigram_rows=37),

@@ -266,3 +266,17 @@ def test_another_vocabulary_is_refused(trained, tmp_path):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         make_module(**settings)
+
+
+def test_scores_are_in_full_precision_whatever_the_network_computes_in(tmp_path):
+    _, _, trainer = train(tmp_path, max_steps=4, precision="bf16-true")
+    loss = trainer.callback_metrics["val_loss"]
+    assert loss.dtype == torch.float64 or loss.dtype == torch.float32
+    assert loss.item() != loss.bfloat16().item()
+
+
+def test_module_and_data_must_agree_on_the_block_size(tmp_path):
+    with pytest.raises(ValueError, match="block_size is 16 in the GPTModule, but 8"):
+        train(tmp_path, model=dict(block_size=16))
+    with pytest.raises(ValueError, match="learns from a CharDataModule"):
+        make_trainer(tmp_path).fit(make_module(), train_dataloaders=[])

@@ -45,6 +45,7 @@ SWITCHES = {
     "odd": dict(
         n_embd=15, n_head=3, bias=False, activation="gelu", block_size=7
     ),  # rows to be padded
+    "biases everywhere": dict(qkv_bias=True, n_embd=32),
     "pairs": dict(n_embd=18, n_head=3, position="rotary", activation="relu2", block_size=1),
     "long": dict(position="rotary", block_size=150, zero_init=True),  # several chunks
 }

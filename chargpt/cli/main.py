@@ -1,6 +1,7 @@
 """Which command is run, and how it ends: errors that a user can cause are a line or two."""
 
 import difflib
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -15,12 +16,19 @@ COMMANDS = {  # each is a function `run(command, args)` in the module that is na
     "test": ("train", "Print a checkpoint's loss on the part of the text kept to test on."),
     "predict": ("predict", "Write text with a checkpoint, to standard output."),
     "export": ("export", "Turn a checkpoint into a page that writes, or a Hugging Face model."),
+    "import": ("import_nanogpt", "Make a run of a checkpoint of nanoGPT."),
 }
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; `args` are those after `python -m chargpt`."""
     command, *rest = sys.argv[1:] if args is None else args or [""]
+    if sys.stderr is None:  # closed by the shell: what is said there must not land elsewhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        if command in ("validate", "test", "predict"):
+            fail("standard output is closed: there is nowhere to write to")
+        sys.stdout = sys.stderr
     warnings.showwarning = show_warning  # type: ignore[assignment]
     if command in ("-h", "--help"):
         print_help()

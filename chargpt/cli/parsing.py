@@ -24,6 +24,21 @@ UNKNOWN = re.compile(
 )
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name; in a clone they lie beside it."""
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")
+    found = next((folder for folder in folders if folder.is_dir()), package)
+    return {path.stem: path for path in sorted(found.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def find_config(name: str) -> str:
+    """A file, or else the shipped configuration of that name."""
+    if Path(name).expanduser().is_file():
+        return name
+    return str(shipped_configs().get(name, name))
+
+
 def read_config(name: str) -> str:
     """The text of a configuration file: YAML, without aliases, which can grow endlessly."""
     try:
@@ -31,7 +46,8 @@ def read_config(name: str) -> str:
         is_mapping = isinstance(yaml.safe_load(text), dict)
         aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
     except FileNotFoundError:
-        fail(f"{name}: there is no such configuration file", status=2)
+        known = ", ".join(shipped_configs())
+        fail(f"{name}: there is no such configuration file; shipped ones: {known}", status=2)
     except IsADirectoryError:
         fail(f"{name}: is a folder, not a configuration file", status=2)
     except yaml.YAMLError as error:

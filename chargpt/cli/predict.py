@@ -160,6 +160,8 @@ def read_prompts(prompt: str, prompts: str) -> list[str]:
             raise ValueError(f"{prompts} is empty; it needs a prompt in each line")
         return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: there is no prompt to read")
         return [decode(sys.stdin.buffer.read(), "standard input")]
     return [prompt]
 
@@ -181,20 +183,27 @@ def destination(output: str) -> Iterator[Write]:
             yield write
         return
     path = Path(output).expanduser()
-    if (
-        path.exists() and not path.is_file()
-    ):  # a device or a named pipe: nothing to put in its place
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
-            yield file.write
-        return
-    path = path.resolve()  # the file that a link leads to, not the link, is replaced
+    try:
+        if path.exists() and not path.is_file():  # a device or a named pipe cannot be replaced
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                yield file.write
+        else:
+            with whole_text_file(path.resolve()) as write:  # what a link leads to, not the link
+                yield write
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+@contextmanager
+def whole_text_file(path: Path) -> Iterator[Write]:
+    """A file that appears when it is complete; when interrupted, with what was written so far."""
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {path.parent}")
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
     interrupt = None
     with atomic_write(path) as file:
         try:
             yield codecs.getwriter("utf-8")(file, "replace").write
-        except KeyboardInterrupt as error:  # what was written so far is what is wanted
+        except KeyboardInterrupt as error:
             interrupt = error
     if interrupt:
         raise interrupt
@@ -203,9 +212,7 @@ def destination(output: str) -> Iterator[Write]:
 @contextmanager
 def standard_output() -> Iterator[Write]:
     """UTF-8 whatever the locale, flushed as it is written, quiet when nobody reads any more."""
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # what a test or a notebook puts in its place may lack it
+    if hasattr(sys.stdout, "reconfigure"):  # a test or a notebook may have put another in its place
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
     def write(text: str) -> None:
@@ -214,6 +221,8 @@ def standard_output() -> Iterator[Write]:
 
     try:
         yield write
-    except BrokenPipeError:
-        # the interpreter flushes once more when it ends, and must not fail again
+    except OSError as error:
+        # The interpreter flushes once more when it ends, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise ValueError(f"cannot write to standard output: {error.strerror}") from error

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from chargpt import checkpoints
 from chargpt.checkpoints import CheckpointError
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import checked, read_config
+from chargpt.cli.parsing import checked, find_config, read_config, shipped_configs
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
 from chargpt.training import GPTModule
@@ -88,6 +88,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         self.checkpoint_path: Path | None = None
+        self.corpus_digest: str | None = None
         super().__init__(
             GPTModule,
             CharDataModule,
@@ -97,7 +98,8 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=SEED,
             parser_kwargs={
                 "prog": f"python -m chargpt {command}",
-                "description": COMMANDS[command][1],
+                "description": f"{COMMANDS[command][1]} --config takes files, and names of shipped "
+                f"configurations: {', '.join(shipped_configs())}.",
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt flag is an error, not another flag
             },
@@ -133,11 +135,12 @@ class TrainingCLI(LightningCLI):
             known, typed = split.parse_known_args(args)
         except argparse.ArgumentError:
             fail("--config needs the name of a file", status=2)
-        for name in known.config:
+        configs = [find_config(name) for name in known.config]
+        for name in configs:
             self.check(name)
-        self.config = self.parse(known.config, typed)
+        self.config = self.parse(configs, typed)
         if self.command != "fit" or self.config.ckpt_path is not None:
-            self.restore(known.config, typed)
+            self.restore(configs, typed)
         check_trainer(self.config.trainer)
         if self.command == "fit":
             check_end(self.config)
@@ -174,6 +177,11 @@ class TrainingCLI(LightningCLI):
         self.config = self.parse([*configs, settings], typed)
         self.config.ckpt_path = str(path)
         refuse_another_network(self.config, checkpoint["hyper_parameters"])
+        if not any(
+            arg.startswith("--data.corpus") for arg in typed
+        ):  # a text named anew is trusted
+            saved = checkpoint["datamodule_hyper_parameters"]
+            self.corpus_digest = saved.get("corpus_digest")
         if self.command == "fit":
             check_resumable(checkpoint, path, self.config.trainer.max_steps)
 
@@ -234,6 +242,7 @@ class TrainingCLI(LightningCLI):
         """Run the command."""
         if self.command != "fit":
             say(f"checkpoint {self.checkpoint_path}")
+        self.datamodule.expected_digest = self.corpus_digest
         method = getattr(self.trainer, self.command)
         verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
         try:

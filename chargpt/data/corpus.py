@@ -120,6 +120,8 @@ def locate(corpus: str, data_dir: Path) -> Text:
             f"there is no text {corpus!r}: no such file or folder, nor a name in {data_dir}\n"
             f"give a text file, a folder of .txt files, or one of {', '.join(sorted(names))}"
         )
+    if str(path).encode(errors="replace").decode() != str(path):  # a run must record it
+        raise CorpusError(f"the path {str(path)!r} is not UTF-8\nrename the file or folder")
     sources = find_sources(path)
     # The sources make the name unique, its beginning lets a person recognize it.
     state = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]

@@ -63,6 +63,7 @@ class CharDataModule(LightningDataModule):
                 "negative, and together leave something to train on"
             )
         self.save_hyperparameters()
+        self.expected_digest: str | None = None  # of the text that a checkpoint was trained on
 
     def prepare_data(self) -> None:
         """Find, download and encode the text: Lightning calls this on one process of a machine."""
@@ -76,6 +77,12 @@ class CharDataModule(LightningDataModule):
         elif not hasattr(self, "corpus"):
             self.prepare_data()
         name, path, digest = self.corpus.name, str(self.corpus.path), self.corpus.digest
+        if self.expected_digest not in (None, digest):
+            raise CorpusError(
+                f"{path} has changed since the checkpoint was trained on it: "
+                "losses would be of two texts\n"
+                "bring the old one back, or name a text with --data.corpus to use it as it is"
+            )
         self.save_hyperparameters(dict(corpus=path, corpus_name=name, corpus_digest=digest))
         self.train_tokens, self.val_tokens, self.test_tokens = self.split()
 

@@ -1,30 +1,31 @@
 """Encoding a text once into a memory-mapped token file, and opening it.
 
 A token file is a NumPy array on disk, a plain `.npy`: one id per character, in the narrowest
-unsigned integer type that holds the vocabulary. A line of JSON with the characters and the text's
-digest follows. Training maps it instead of reading it, so a text may be larger than memory.
+unsigned integer type that holds the vocabulary. The characters and the text's digest follow it as
+JSON. Training maps the file instead of reading it, so a text may be larger than memory.
 
-The paths, sizes and modification times of the text's files make its name. So a text that changed
-gets another token file, and runs that began before go on reading theirs. Whoever needs the room
-may delete them.
+Its name is made from the paths, sizes and modification times of the text's files. So a text that
+changed has another token file, and a run that began before goes on reading the former one, which
+may be deleted when no run needs it.
 """
 
 import codecs
 import hashlib
-import itertools
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from chargpt.atomic_file import atomic_write
-from chargpt.data.corpus import CorpusError, Source, Text, find_sources
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary, code_points
+from chargpt.data.corpus import CorpusError, Source, Text
+from chargpt.vocabulary import Vocabulary, code_points
 
 PIECE_BYTES = 1 << 17  # read at a time: long enough for numpy, short enough for the CPU's cache
 
@@ -36,10 +37,10 @@ class Tokens(np.memmap):
     itself, where a plain memmap would pickle as a copy of the text.
     """
 
-    def __reduce__(self):
-        whole = self.base if isinstance(self.base, Tokens) else self
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.filename is None or not self.flags.c_contiguous:
-            return np.asarray(self).__reduce__()  # what was computed from ids, and lies in memory
+            return np.array, (np.asarray(self),)  # computed from ids: it lies in memory
+        whole = self.base if isinstance(self.base, Tokens) else self
         offset = self.offset + self.ctypes.data - whole.ctypes.data
         return Tokens, (self.filename, self.dtype, "r", offset, self.shape)
 
@@ -88,10 +89,6 @@ def encode(text: Text) -> Corpus:
                 np.lib.format.write_array_header_1_0(file, header)
                 write_ids(file, text, vocabulary)
                 file.write(json.dumps(trailer).encode())
-                if find_sources(text.path) != text.sources:
-                    raise changed(text.path)
-        except UnknownCharacterError as error:
-            raise changed(text.path) from error
         except OSError as error:
             problems.append(f"{path} ({error.strerror})")
         # Even after an error: Windows lets nobody replace a file that another process has mapped,
@@ -127,7 +124,7 @@ def survey(text: Text) -> tuple[Vocabulary, int, str]:
 
 
 def write_ids(file: BinaryIO, text: Text, vocabulary: Vocabulary) -> None:
-    """The second pass."""
+    """The second pass: the ids of a text."""
     ascii = vocabulary.characters.encode("ascii", "ignore")  # the first ids, in this order
     table = bytes.maketrans(ascii, bytes(range(len(ascii))))
     for piece in read_pieces(text):
@@ -137,40 +134,43 @@ def write_ids(file: BinaryIO, text: Text, vocabulary: Vocabulary) -> None:
             file.write(vocabulary.encode(piece.decode()).data)
 
 
-def read_pieces(text: Text) -> Iterable[bytes]:
+def read_pieces(text: Text) -> Iterator[bytes]:
     """The bytes of a text in pieces of whole characters, with a bar if that takes long."""
-    pieces = itertools.chain.from_iterable(map(read_source, text.sources))
-    total = sum(source.size for source in text.sources) // PIECE_BYTES
-    label = f"encoding {text.path}"
-    return tqdm(pieces, label, total, unit="B", unit_scale=PIECE_BYTES, delay=1)
+    total = sum(source.size for source in text.sources)
+    with tqdm(desc=f"encoding {text.path}", total=total, unit="B", unit_scale=True, delay=1) as bar:
+        for source in text.sources:
+            for piece in read_source(source):
+                yield piece
+                bar.update(len(piece))
 
 
 def read_source(source: Source) -> Iterator[bytes]:
     """The bytes of one file, in pieces of whole characters of valid UTF-8."""
-    path, size = source.path, source.size
-    n_read, rest = 0, b""  # rest: the start of a character that the next piece completes
+    position, rest = 0, b""  # rest: the start of a character that the next piece completes
     try:
-        with open(path, "rb", buffering=0) as file:
-            while n_read <= size and (piece := file.read(PIECE_BYTES)):
-                n_read += len(piece)
+        with open(source.path, "rb", buffering=0) as file:
+            while piece := read_unchanged(file, source):
                 piece = rest + piece
-                used = len(piece)
-                if not piece.isascii():
-                    _, used = codecs.utf_8_decode(piece, "strict", False)
+                used = len(piece) if piece.isascii() else codecs.utf_8_decode(piece)[1]
                 yield piece[:used]
-                rest = piece[used:]
-        if n_read != size:  # a file that grows could be read without end
-            raise changed(path)
+                position, rest = position + used, piece[used:]
         codecs.utf_8_decode(rest, "strict", True)
     except OSError as error:
-        raise CorpusError(f"{path} can't be read: {error.strerror}") from error
+        raise CorpusError(f"{source.path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        byte, offset = error.object[error.start], n_read - len(error.object) + error.start
+        byte, offset = error.object[error.start], position + error.start
         raise CorpusError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,} ({error.reason})\n"
-            "save it as UTF-8, or choose a text file"
+            f"{source.path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,} "
+            f"({error.reason})\nsave it as UTF-8, or choose a text file"
         ) from error
 
 
-def changed(path: Path | str) -> CorpusError:
-    return CorpusError(f"{path} changed while it was read\nstart again when it is complete")
+def read_unchanged(file: FileIO, source: Source) -> bytes:
+    """The next piece of a file, if it still is as it was found: one that grows might never end."""
+    piece = file.read(PIECE_BYTES)
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise CorpusError(
+            f"{source.path} changed while it was read\nstart again when it is complete"
+        )
+    return piece

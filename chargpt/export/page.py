@@ -3,10 +3,10 @@
     page.html   words and looks            page.js     model.py and generation.py, in JavaScript
     view.js     what a click does          kernel.js   the matrix product, in WebAssembly
 
-They are put together here with the weights, the vocabulary and the run's figures. These are data in
-script elements that no browser runs, and cannot end them. A content security policy lets the page's
-own scripts run, recognized by their hashes, and forbids everything else: nothing can be fetched, and
-nothing that is written can leave.
+They are put together here with the weights, the vocabulary and the run's figures. These are data
+in script elements that no browser runs, and cannot end them. A content security policy lets the
+page's own scripts run, recognized by their hashes, and forbids everything else: nothing can be
+fetched, and nothing that is written can leave.
 """
 
 import base64
@@ -41,6 +41,7 @@ KNOWN: dict[str, tuple[str, ...] | None] = {
     "position": ("learned", "rotary"),
     "norm": ("layer", "plain"),
     "bias": None,
+    "qkv_bias": None,
     "activation": ("relu", "gelu", "relu2"),
     "zero_init": None,
     "trigram_rows": None,
@@ -135,7 +136,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
 
 
 def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
-    """All weights in little-endian order, and name, rows and columns of each; vectors are one row."""
+    """All weights in little-endian order, and name, rows and columns of each (vectors: one row)."""
     size = sum(parameter.numel() for parameter in gpt.parameters()) * DTYPES[dtype].itemsize
     if size > MAX_BYTES:
         raise ValueError(f"a page cannot hold weights of {size:,} bytes, at most {MAX_BYTES:,}")

@@ -168,7 +168,7 @@ class Throughput(Callback):
             print(
                 f"\nthis run will take about {left / 3600:.1f} hours on this machine, "
                 f"which has no GPU in use ({seconds:.1f} s a step)\n"
-                "configs/cpu.yaml is made for a processor and takes minutes"
+                "--config cpu is made for a processor and takes minutes"
             )
 
 

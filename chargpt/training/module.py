@@ -137,12 +137,16 @@ class GPTModule(LightningModule):
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint has none, and on_load_checkpoint builds
             return
+        data = trainer.datamodule
+        if data is None:
+            raise ValueError("a GPTModule learns from a CharDataModule: give it as `datamodule`")
+        if data.hparams.block_size != self.config.block_size:
+            raise ValueError(
+                f"block_size is {self.config.block_size} in the GPTModule, "
+                f"but {data.hparams.block_size} in the CharDataModule"
+            )
         if self.gpt is None:
-            self.build(trainer.datamodule.vocabulary)
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.strategy.root_device.type != "mps":  # which has no float64
-            self.mean_loss.set_dtype(torch.float64)
+            self.build(data.vocabulary)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Asked on all ranks, so that all stop; what was saved before is left alone.
@@ -196,6 +200,8 @@ class GPTModule(LightningModule):
             self.log("context", float(context))
 
     def on_validation_epoch_start(self) -> None:
+        # In full precision, whatever the network computes in; MPS has no float64.
+        self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
         self.mean_loss.reset()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

@@ -46,6 +46,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["validated_step"] = self.validated_step
+        checkpoint["limit_val_batches"] = trainer.limit_val_batches  # 1.0: of the whole split
 
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]

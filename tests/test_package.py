@@ -1,0 +1,107 @@
+"""The package outside of its clone: what a wheel holds, and configurations by name."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import chargpt
+from chargpt.cli.parsing import find_config, shipped_configs
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+BUILD = "from setuptools.build_meta import {0}; {0}('dist')"
+
+
+def python(folder: Path, *args: str, path: Path | None = None) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or "")}
+    result = subprocess.run(
+        [sys.executable, *args], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what a wheel holds that was built from the source archive."""
+    try:
+        if int(version("setuptools").partition(".")[0]) < 77:
+            pytest.skip("setuptools is older than 77")
+    except PackageNotFoundError:
+        pytest.skip("setuptools is not installed")
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("chargpt", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    python(folder, "-c", BUILD.format("build_sdist"))
+    (archive,) = folder.glob("dist/*.tar.gz")
+    shutil.unpack_archive(archive, folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    python(unpacked, "-c", BUILD.format("build_wheel"))
+    (wheel,) = unpacked.glob("dist/*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "installed")
+    return folder / "installed"
+
+
+def test_a_wheel_holds_every_file_of_the_package(installed):
+    kinds = {".py", ".js", ".html", ".css", ".typed"}
+    ours = {
+        path
+        for path in (ROOT / "chargpt").rglob("*")
+        if path.suffix in kinds or path.name == "py.typed"
+    }
+    names = {path.relative_to(ROOT).as_posix() for path in ours}
+    names |= {f"chargpt/configs/{name}.yaml" for name in CONFIGS}
+    held = {
+        p.relative_to(installed).as_posix()
+        for p in (installed / "chargpt").rglob("*")
+        if p.is_file()
+    }
+    assert held == names
+    (metadata,) = installed.glob("chargpt-*.dist-info/METADATA")
+    assert f"Version: {chargpt.__version__}\n" in metadata.read_text(encoding="utf-8")
+    assert "chargpt.cli.main:main" in metadata.with_name("entry_points.txt").read_text()
+
+
+def test_the_main_job_outside_of_the_clone(installed, tmp_path, text):
+    """In an empty folder: the command trains by the name of a configuration, writes, exports."""
+    (tmp_path / "text.txt").write_text(text, newline="\n")
+
+    def run(*args: str) -> str:
+        code = "from chargpt.cli.main import main; main()"  # as the console command does
+        return python(tmp_path, "-c", code, *args, path=installed)
+
+    settings = ("--data.corpus=text.txt", "--trainer.max_steps=2", "--model.bias=false")
+    run("fit", "--config", "debug", *settings)
+    assert run("predict", "--generate.prompt=The", "--generate.max_new_chars=5").startswith("The")
+    run("export", "--to=huggingface", "--output=folder")
+    assert (tmp_path / "folder" / "model.safetensors").is_file()
+
+
+def test_configurations_are_found_by_name_and_files_of_that_name_win(
+    tmp_path, monkeypatch, command
+):
+    assert sorted(shipped_configs()) == CONFIGS
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config("cpu")) == ROOT / "configs" / "cpu.yaml"
+    (tmp_path / "cpu").mkdir()
+    assert Path(find_config("cpu")) == ROOT / "configs" / "cpu.yaml"
+    (tmp_path / "debug").write_text("model: {n_layer: 7}\n")
+    assert find_config("debug") == "debug"
+    assert "\n  n_layer: 7\n" in command(tmp_path, "fit", "--config=debug", "--print_config").out
+    assert "\n  n_layer: 3\n" in command(tmp_path, "fit", "-c", "cpu", "--print_config").out
+
+
+def test_help_and_the_error_list_the_configurations(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    names = ", ".join(CONFIGS)
+    assert names in " ".join(command(tmp_path, "fit", "--help").out.split())
+    result = command(tmp_path, "fit", "--config=cpuu")
+    assert (result.status, names in result.err) == (2, True)
