@@ -693,6 +693,8 @@ def test_any_vocabulary_is_written_as_text(chrome, tmp_path, characters):
         "", max_new_chars=300, temperature=2, top_k=len(characters), seed=1
     )
     assert text == expected
+    shown = "text.spans.slice(0, -1).map((s) => [...s.textContent].map((c) => c.codePointAt(0)))"
+    assert chrome.js(shown) == [[ord(c)] for c in expected]
     assert (
         chrome.js("document.querySelectorAll('script, img, #text > div > :not(span)').length") == 4
     )

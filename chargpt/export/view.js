@@ -316,7 +316,7 @@ function describe_seen(actual, network, order) {
   if (actual === null) return ["What would come next?"];
   const [name, is_code] = visible(VOCABULARY.characters[actual]);
   const shown = document.createElement("bdi");
-  shown.textContent = is_code ? name : `“${name}”`;
+  shown.textContent = !is_code ? `“${name}”` : name.startsWith("U+") ? name : `a ${name}`;
   const surprise = (-Math.log2(network[actual])).toFixed(2);
   const rank = order.indexOf(actual) + 1;
   const place = rank === 1 ? "its first guess" : `number ${grouped(rank)} of its guesses`;
