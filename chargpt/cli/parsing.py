@@ -12,11 +12,13 @@ from chargpt.cli.main import fail
 
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,  # a setting's sentence stands below it
+    add_print_completion_argument=True,  # a JSON schema of configuration files, for editors
     # What a configuration file may name to be imported: no code comes in with a file of settings.
     import_path_denylist=["*"],
     import_path_allowlist=["chargpt", "lightning", "pytorch_lightning", "torch", "torchmetrics"],
 )
 
+UNION = "Does not validate against any of the Union"
 UNKNOWN = re.compile(
     r"unrecognized arguments: (\S+)"
     r"|Group '(?P<group>.*?)' does not accept option '(?P<name>.*?)'"
@@ -83,10 +85,11 @@ def explain(parser: ArgumentParser, message: str) -> str:
             return (
                 f"there is no option {typed}\n--help after the command explains all that there are"
             )
-    key, _, alternatives = message.partition("\n  Does not validate against any of the Union")
+    key, _, alternatives = message.partition(UNION)
     if alternatives:  # what stands first in a union of types is what was meant
-        first = alternatives.partition("Errors:\n    - ")[2].partition("\n    - ")[0]
-        message = f"{key} {first}. Got value: {message.rpartition('Given value: ')[2]}"
+        first = re.split(r"\n\s*- ", alternatives.partition("Errors:")[2])[1]
+        value = message.rpartition("Given value: ")[2]
+        message = f"{key} {first}" + ("" if "Namespace(" in value else f". Got value: {value}")
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(message.split()))
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import Callback, Trainer
+from jsonargparse import Namespace
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from chargpt import checkpoints
 from chargpt.checkpoints import CheckpointError
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import checked, find_config, read_config, shipped_configs
+from chargpt.cli.parsing import UNION, checked, explain, find_config, read_config, shipped_configs
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
 from chargpt.training import GPTModule
@@ -31,8 +32,12 @@ from chargpt.training.callbacks import FinalScore, ProgressBar, Summary, TextSam
 from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
 from chargpt.training.module import TrainingError
 from chargpt.training.resume import LastCheckpoint
+from chargpt.training.trainer import TypedTrainer
 
 SEED = 1337
+
+FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")  # write into save_dir/name/version
+HERE = "."
 
 TRAINER_DEFAULTS = dict(
     max_steps=5000,
@@ -54,6 +59,7 @@ def run(command: str, args: list[str]) -> None:
     """Parse the arguments of fit, validate or test and run it; scores go to standard output."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # they log their tables
     try:
         cli = TrainingCLI(command, args)
         keep_freed_memory()
@@ -63,6 +69,8 @@ def run(command: str, args: list[str]) -> None:
         interrupted = isinstance(stop.__context__, KeyboardInterrupt)
         raise SystemExit(130 if interrupted else stop.code) from None
     except (TrainingError, MisconfigurationException, torch.OutOfMemoryError) as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:  # of a logger or callback that needs a package more
         fail(str(error))
     except RuntimeError as error:
         if "Connection closed by peer" in str(error):  # gloo's, where another process has failed
@@ -92,6 +100,8 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             GPTModule,
             CharDataModule,
+            SaveConfig,
+            trainer_class=TypedTrainer,
             run=False,
             args=args,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -103,7 +113,6 @@ class TrainingCLI(LightningCLI):
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt flag is an error, not another flag
             },
-            save_config_kwargs={"overwrite": True},  # resuming stays in the same folder
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyperparameters stay plain values
         )
@@ -138,6 +147,7 @@ class TrainingCLI(LightningCLI):
         configs = [find_config(name) for name in known.config]
         for name in configs:
             self.check(name)
+        typed = with_save_dir(typed)
         self.config = self.parse(configs, typed)
         if self.command != "fit" or self.config.ckpt_path is not None:
             self.restore(configs, typed)
@@ -187,54 +197,91 @@ class TrainingCLI(LightningCLI):
 
     # ---- what is made of it ----
 
+    def instantiate_classes(self) -> None:
+        """Choose the folder of the run, point its loggers there, and make everything."""
+        given = self.given = self.config  # is kept in config.yaml, and names no folder of a run
+        config = given.trainer
+        self.new_run: Path | None = None
+        self.run_folder: Path | None = None
+        self.root = Path(config.default_root_dir or os.getcwd())
+        keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
+        self.saves = keeps and config.enable_checkpointing is not False
+        self.keeps = self.saves or (keeps and config.logger is not False)
+        if self.keeps:
+            self.run_folder = self.choose_folder(self.root / checkpoints.LOGS)
+            self.config = given.clone()
+            for logger in loggers_of(self.config.trainer):
+                self.point(logger)
+        try:
+            super().instantiate_classes()
+        except BaseException as error:
+            self.discard_new_run()
+            if isinstance(error, (TypeError, ImportError)):  # Lightning's words for what cannot be
+                raise ValueError(str(error)) from error
+            if UNION in str(error):  # jsonargparse's, for a class that cannot be made
+                raise ValueError(explain(self.parser, str(error))) from error
+            raise
+
+    def choose_folder(self, logs: Path) -> Path | None:
+        """A new version_N, or, resuming, the folder of the run itself: one folder, one curve.
+
+        The other ranks hear of it from the first.
+        """
+        run = self.checkpoint_path and self.checkpoint_path.absolute().parent.parent
+        if run and run.parent == logs.absolute():
+            return run
+        if rank_zero_only.rank == 0:
+            self.new_run = checkpoints.new_run(logs)
+        return self.new_run
+
+    def point(self, logger: Namespace) -> None:
+        """Let a logger that writes plain files write them into the folder of the run."""
+        if logger.class_path.rpartition(".")[2] not in FILE_LOGGERS:
+            return
+        if logger.init_args.save_dir == HERE:
+            logger.init_args.save_dir = str(self.root)
+        if logger.init_args.version is None and self.run_folder:
+            logger.init_args.version = self.run_folder.name
+            metrics = self.run_folder / "metrics.csv"
+            if metrics.exists():  # CSVLogger begins anew, and would delete what is there
+                metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init.trainer
-        keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
-        self.new_run: Path | None = None
         if self.command != "fit":  # looks at a run and leaves nothing behind
             kwargs["logger"] = False
-        elif keeps and config.logger in (None, True):
-            kwargs["logger"] = self.run_logger(Path(config.default_root_dir or os.getcwd()))
-        if kwargs.get("logger", config.logger) is False:
+        elif self.keeps and config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(
+                self.root,
+                name=checkpoints.LOGS,
+                version=self.run_folder.name if self.run_folder else None,
+                default_hp_metric=False,
+            )
+        self.save_config_kwargs = {"folder": self.run_folder}
+        if not self.keeps:
             self.save_config_callback = None
+        self.config = self.given
         self.config.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
         plugins = config.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        saves = keeps and config.enable_checkpointing is not False
-        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": self.callbacks(config, saves)}
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except Exception as error:
-            self.discard_new_run()
-            if isinstance(error, (TypeError, ImportError)):  # Lightning's words for what cannot be
-                raise ValueError(str(error)) from error
-            raise
+        callbacks = self.callbacks(config)
+        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": callbacks}
+        return super().instantiate_trainer(**kwargs)
 
-    def callbacks(self, config: Any, saves: bool) -> list[Callback]:
+    def callbacks(self, config: Any) -> list[Callback]:
         """Ours, beside those of the configuration."""
         given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        ours = [Summary(), Throughput(), TextSamples()] if self.command == "fit" else []
+        folder, ours = self.run_folder, []
+        if self.command == "fit":
+            ours += [Summary(folder), Throughput(), TextSamples()]
         bar = config.enable_progress_bar is not False and not config.barebones
         if bar and not any(isinstance(callback, AnyProgressBar) for callback in given):
             ours.append(ProgressBar())
-        if saves:
-            best = best_checkpoint_callback()
+        if self.saves:
+            best = best_checkpoint_callback(folder and folder / "checkpoints")
             ours += [best, LastCheckpoint(best), FinalScore(best)]
         return ours
-
-    def run_logger(self, root: Path) -> TensorBoardLogger:
-        """A new version_N, or, resuming, the folder of the run itself: one folder, one curve."""
-        logs, version = root / checkpoints.LOGS, None
-        if self.checkpoint_path:
-            run = self.checkpoint_path.absolute().parents[1]
-            version = run.name if run.parent == logs.absolute() else None
-        if version is None and rank_zero_only.rank == 0:
-            self.new_run = checkpoints.new_run(logs)
-            version = self.new_run.name
-        return TensorBoardLogger(
-            root, name=checkpoints.LOGS, version=version, default_hp_metric=False
-        )
 
     # ---- what is run ----
 
@@ -264,6 +311,35 @@ class TrainingCLI(LightningCLI):
             shutil.rmtree(self.new_run, ignore_errors=True)
             with suppress(OSError):  # the folder of all runs, unless it holds others
                 self.new_run.parent.rmdir()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the folder of the run, wherever its loggers write."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path | None) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        path = self.folder / self.config_filename
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+
+
+def loggers_of(config: Any) -> list[Namespace]:
+    """The loggers that are given by the name of their class."""
+    loggers = config.logger if isinstance(config.logger, list) else [config.logger]
+    return [logger for logger in loggers if isinstance(logger, Namespace)]
+
+
+def with_save_dir(typed: list[str]) -> list[str]:
+    """Give a logger of files, typed by its name alone, the folder that it cannot do without."""
+    args = []
+    for before, arg in zip(["", *typed], typed):
+        flag, _, name = arg.partition("=") if "=" in arg else (before, "", arg)
+        args.append(arg)
+        if flag.rstrip("+") == "--trainer.logger" and name.rpartition(".")[2] in FILE_LOGGERS:
+            args.append(f"--trainer.logger.save_dir={HERE}")
+    return args
 
 
 def keep_freed_memory() -> None:

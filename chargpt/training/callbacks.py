@@ -4,6 +4,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,14 +68,17 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Summary(Callback):
-    """Says at the start what is trained on what, and where it is kept."""
+    """Says at the start what is trained on what, and where it is kept.
 
+    Args:
+        folder: of the run, if it leaves one.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        folder = trainer.log_dir  # all ranks must ask for it together
-        if trainer.is_global_zero:
-            self.print_summary(trainer, module, folder)
-
-    def print_summary(self, trainer: Trainer, module: LightningModule, folder: str | None) -> None:
         data, device = trainer.datamodule, trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         sequences = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -88,7 +92,7 @@ class Summary(Callback):
             f"({data.hparams.batch_size} per device x {trainer.world_size} devices"
             f" x {trainer.accumulate_grad_batches} accumulated)\n"
             f"device   {name}, precision {trainer.precision}\n"
-            f"run      {folder or 'leaves nothing behind'}"
+            f"run      {self.folder or 'leaves nothing behind'}"
         )
         if trainer.global_step:
             print(f"resumes  after step {trainer.global_step}")

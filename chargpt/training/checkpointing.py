@@ -38,9 +38,10 @@ def plain_reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def best_checkpoint_callback() -> ModelCheckpoint:
-    """Keeps the checkpoint of lowest validation loss."""
+def best_checkpoint_callback(folder: Path | None = None) -> ModelCheckpoint:
+    """Keeps the checkpoint of lowest validation loss; in the trainer's folder unless given."""
     return ModelCheckpoint(
+        dirpath=folder,
         filename=BEST_NAME,
         monitor="val_loss",
         save_top_k=1,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -137,6 +137,7 @@ class GPTModule(LightningModule):
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint has none, and on_load_checkpoint builds
             return
+        refuse_tuners(trainer)
         data = trainer.datamodule
         if data is None:
             raise ValueError("a GPTModule learns from a CharDataModule: give it as `datamodule`")
@@ -277,6 +278,22 @@ class GPTModule(LightningModule):
     def lr_factor(self) -> float:
         """Share of the highest learning rate at this step."""
         return self.config.lr_factor_at(self.global_step, self.progress)
+
+
+def refuse_tuners(trainer: Trainer) -> None:
+    """Lightning's tuners would find a number that means nothing here."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, LearningRateFinder):
+            raise ValueError(
+                "the learning rate finder cannot sweep: the rate is a function of the step here\n"
+                "try a few, each in a short run: --model.lr 1e-3, --model.lr 3e-3, --model.lr 1e-2"
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise ValueError(
+                "the batch size finder cannot choose: which sequences a step reads follows from "
+                "the batch size, and its trials are steps\n"
+                "try a larger --data.batch_size; where the memory is too small, it ends at once"
+            )
 
 
 def progress_of(trainer: Trainer) -> float:
