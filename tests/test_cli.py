@@ -362,7 +362,7 @@ def test_print_config_gives_a_configuration(name, command, folder):
             ["--trainer.enable_progress_bar=false"],
             ["lightning_logs/version_0/checkpoints/last.ckpt"],
         ),
-        (["--trainer.logger=false"], ["checkpoints/last.ckpt"]),
+        (["--trainer.logger=false"], ["lightning_logs/version_0/checkpoints/last.ckpt"]),
         (["--trainer.enable_checkpointing=false"], ["lightning_logs/version_0"]),
         (
             ["--trainer.default_root_dir=sub"],

@@ -12,7 +12,6 @@ from chargpt.cli.main import fail
 
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,  # a setting's sentence stands below it
-    add_print_completion_argument=True,  # a JSON schema of configuration files, for editors
     # What a configuration file may name to be imported: no code comes in with a file of settings.
     import_path_denylist=["*"],
     import_path_allowlist=["chargpt", "lightning", "pytorch_lightning", "torch", "torchmetrics"],
