@@ -137,7 +137,7 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
 
     Channels 2i and 2i + 1 are a point (a, b) in the plane; rotated by an angle, it is
     (a cos - b sin, a sin + b cos). That is also the product of the complex numbers a + ib and
-    cos + i sin, which one kernel computes in one pass: a tenth of a training step on a CPU.
+    cos + i sin, which one kernel computes in one pass (measured: tests/benchmarks/LOG.md).
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, H, T, D / 2, 2)
     if torch.compiler.is_compiling():  # TorchInductor makes no code for complex numbers

@@ -121,6 +121,15 @@ def test_each_micro_batch_has_masks_of_its_own(tmp_path, model):
     assert again.losses == watch.losses
 
 
+def test_masks_are_new_in_each_epoch_too(tmp_path):
+    """Where a limit makes the same batch an epoch, over and over."""
+    model = dict(dropout=0.5, lr=1e-12)
+    watch, _, _ = train(
+        tmp_path, model=model, max_steps=4, limit_train_batches=1, val_check_interval=1
+    )
+    assert len(watch.losses) == len(set(watch.losses)) == 4
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

@@ -5,10 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
-from chargpt.cli.parsing import checked
+from chargpt.cli.parsing import add_ckpt_path, checked, command_parser
 from chargpt.text_generator import TextGenerator
 
 FORMATS = {"page": "chargpt.export.page", "huggingface": "chargpt.export.huggingface"}
@@ -16,12 +14,7 @@ FORMATS = {"page": "chargpt.export.page", "huggingface": "chargpt.export.hugging
 
 def run(command: str, args: list[str]) -> None:
     """Parse the arguments of `export` and call the `export` function of the format's module."""
-    parser = ArgumentParser(
-        prog="python -m chargpt export",
-        description="Turn a checkpoint into something that other programs run.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = command_parser(command)
     parser.add_argument(
         "--to",
         type=Literal[tuple(FORMATS)],  # type: ignore[valid-type]
@@ -29,12 +22,7 @@ def run(command: str, args: list[str]) -> None:
         help="page: one HTML file that writes; huggingface: a folder for transformers.",
     )
     parser.add_argument("--output", type=str, required=True, help="The file or folder to write.")
-    parser.add_argument(
-        "--ckpt_path",
-        type=str,
-        default="best",
-        help="A checkpoint: a path, or best or last of the newest run under ./lightning_logs.",
-    )
+    add_ckpt_path(parser)
     parser.add_argument(
         "--export.dtype",
         type=Literal["float16", "float32"],

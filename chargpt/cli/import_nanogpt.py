@@ -6,23 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
 from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import LAST_NAME, LOGS, new_run
-from chargpt.cli.main import COMMANDS
-from chargpt.cli.parsing import checked
+from chargpt.cli.parsing import checked, command_parser
 from chargpt.export.from_nanogpt import checkpoint_of
 
 
 def run(command: str, args: list[str]) -> None:
     """Parse the arguments of `import` and do what they say."""
-    parser = ArgumentParser(
-        prog="python -m chargpt import",
-        description=COMMANDS[command][1],
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = command_parser(command)
     parser.add_argument("ckpt", type=str, help="nanoGPT's checkpoint, out/ckpt.pt.")
     parser.add_argument(
         "--meta",

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from chargpt.cli.main import fail
+from chargpt.cli.main import COMMANDS, fail
 
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,  # a setting's sentence stands below it
@@ -63,6 +63,25 @@ def read_config(name: str) -> str:
         problem = "has aliases" if aliases else "holds no settings"
         fail(f"{name}: {problem}; it must hold plain settings, as name: value", status=2)
     return text
+
+
+def command_parser(command: str) -> ArgumentParser:
+    """The parser of a command that needs no Lightning."""
+    return ArgumentParser(
+        prog=f"python -m chargpt {command}",
+        description=COMMANDS[command][1],
+        exit_on_error=False,
+        allow_abbrev=False,  # a misspelt flag is an error, not another flag
+    )
+
+
+def add_ckpt_path(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--ckpt_path",
+        type=str,
+        default="best",
+        help="A checkpoint: a path, or best or last of the newest run under ./lightning_logs.",
+    )
 
 
 def checked(parser: ArgumentParser, parse: Callable[[], Namespace], source: str = "") -> Namespace:

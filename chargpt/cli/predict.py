@@ -10,11 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
 from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
-from chargpt.cli.parsing import checked
+from chargpt.cli.parsing import add_ckpt_path, checked, command_parser
 from chargpt.generation import GenerationConfig
 from chargpt.text_generator import TextChunk, TextGenerator
 
@@ -24,18 +22,8 @@ SEPARATOR = "-" * 40 + "\n"
 
 def run(command: str, args: list[str]) -> None:
     """Parse the arguments of `predict` and do what they say."""
-    parser = ArgumentParser(
-        prog="python -m chargpt predict",
-        description="Write text with a checkpoint, to standard output.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--ckpt_path",
-        type=str,
-        default="best",
-        help="A checkpoint: a path, or best or last of the newest run under ./lightning_logs.",
-    )
+    parser = command_parser(command)
+    add_ckpt_path(parser)
     parser.add_argument("-c", "--config", action="config", help="A file with these settings.")
     parser.add_function_arguments(predict, "generate", skip={"generator", "checkpoint"})
     config = checked(parser, lambda: parser.parse_args(args))

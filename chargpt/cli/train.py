@@ -68,9 +68,12 @@ def run(command: str, args: list[str]) -> None:
     except SystemExit as stop:  # Lightning's answer to a Ctrl-C that comes before the first step
         interrupted = isinstance(stop.__context__, KeyboardInterrupt)
         raise SystemExit(130 if interrupted else stop.code) from None
-    except (TrainingError, MisconfigurationException, torch.OutOfMemoryError) as error:
-        fail(str(error))
-    except ModuleNotFoundError as error:  # of a logger or callback that needs a package more
+    except (
+        TrainingError,
+        MisconfigurationException,
+        ModuleNotFoundError,  # of a logger or callback that needs a package more
+        torch.OutOfMemoryError,
+    ) as error:
         fail(str(error))
     except RuntimeError as error:
         if "Connection closed by peer" in str(error):  # gloo's, where another process has failed
@@ -187,9 +190,7 @@ class TrainingCLI(LightningCLI):
         self.config = self.parse([*configs, settings], typed)
         self.config.ckpt_path = str(path)
         refuse_another_network(self.config, checkpoint["hyper_parameters"])
-        if not any(
-            arg.startswith("--data.corpus") for arg in typed
-        ):  # a text named anew is trusted
+        if not any(arg.startswith("--data.corpus") for arg in typed):  # one named anew is trusted
             saved = checkpoint["datamodule_hyper_parameters"]
             self.corpus_digest = saved.get("corpus_digest")
         if self.command == "fit":
@@ -370,14 +371,13 @@ def print_scores(trainer: Trainer) -> None:
 
 def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about the model, the data and the seed, as a configuration."""
-    linked = {target: source for target, source in LINKS.items()}
     groups = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     derived = {"corpus_name", "corpus_digest", "_instantiator"}
     settings: dict[str, Any] = {
         group: {
             name: value
             for name, value in checkpoint[key].items()
-            if f"{group}.{name}" not in linked and name not in derived
+            if f"{group}.{name}" not in LINKS and name not in derived
         }
         for group, key in groups.items()
     }

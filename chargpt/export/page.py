@@ -103,8 +103,8 @@ def figures(gpt: GPT, checkpoint: dict[str, Any]) -> dict[str, Any]:
         val_loss = float(scores[0]) if scores else None
     return {
         "parameters": sum(parameter.numel() for parameter in gpt.parameters()),
-        "corpus": re.split(r"[\\/]", corpus)[-1]
-        or None,  # the folders before it are nobody's business
+        # Its last part alone: the folders before it are nobody's business.
+        "corpus": re.split(r"[\\/]", corpus)[-1] or None,
         "steps": steps,
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
     }

@@ -185,8 +185,11 @@ class GPTModule(LightningModule):
             self.log_progress(loss.detach(), context)
         return loss
 
-    def seed_dropout(self, micro_batch: int) -> None:
+    def seed_dropout(self, batch_idx: int) -> None:
         """Make the masks a function of (seed, micro-batch, rank): resuming needs no saved state."""
+        # Not batch_idx itself, which begins anew where a limit makes epochs of the endless one.
+        accumulate = self.trainer.accumulate_grad_batches
+        micro_batch = self.global_step * accumulate + batch_idx % accumulate
         sequence = np.random.SeedSequence((self.config.seed, micro_batch, self.global_rank))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
