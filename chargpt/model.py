@@ -125,11 +125,15 @@ def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
         head_size: channels of a head, D, even.
 
     Returns:
-        (1, T, D / 2, 2), or (B, 1, T, D / 2, 2): the same for all heads.
+        cos + i sin as complex numbers, (1, T, D / 2) or (B, 1, T, D / 2): the same for all heads.
+        While compiling, the two as real numbers, in one dimension more: TorchInductor makes no
+        code for complex ones.
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device)
-    angles = positions.unsqueeze(-1) * 10_000.0 ** -(pairs / head_size)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(-4)
+    angles = (positions.unsqueeze(-1) * 10_000.0 ** -(pairs / head_size)).unsqueeze(-3)
+    if torch.compiler.is_compiling():
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
@@ -140,11 +144,11 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     cos + i sin, which one kernel computes in one pass (measured: tests/benchmarks/LOG.md).
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, H, T, D / 2, 2)
-    if torch.compiler.is_compiling():  # TorchInductor makes no code for complex numbers
+    if angles.is_complex():
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * angles)
+    else:
         (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
         rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
     return rotated.flatten(-2).type_as(x)
 
 
