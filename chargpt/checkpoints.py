@@ -17,6 +17,7 @@ from chargpt.vocabulary import Vocabulary
 LOGS = "lightning_logs"
 BEST_NAME = "step={step}-val_loss={val_loss:.4f}"  # Lightning fills in the metrics
 LAST_NAME = "last"
+CONFIG = "config.yaml"  # a run's settings, in its folder
 PARTS = {  # of a checkpoint of ours, beside what Lightning adds
     "vocabulary": str,
     "state_dict": dict,
@@ -58,6 +59,14 @@ def new_run(logs: Path) -> Path:
             return run
         except FileExistsError:
             version += 1
+
+
+def run_of(checkpoint: Path | None) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None for one that lies alone."""
+    folder = checkpoint and checkpoint.absolute().parent
+    if folder and folder.name == "checkpoints" and (folder.parent / CONFIG).is_file():
+        return folder.parent
+    return None
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -117,7 +126,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is a checkpoint of another project or another version of this one\n"
             "chargpt reads the checkpoints that `python -m chargpt fit` writes"
         )
+    upgrade(checkpoint)
     return checkpoint
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Give what a checkpoint of version 0.1 holds its names of today."""
+    rename_ngrams(checkpoint["hyper_parameters"])
+    state = checkpoint["state_dict"]
+    if "gpt.trigram_embedding.table.weight" in state:
+        table = state.pop("gpt.trigram_embedding.table.weight")
+        state["gpt.ngram_embedding.table.weight"] = table
+
+
+def rename_ngrams(settings: dict[str, Any]) -> None:
+    """Version 0.1 had n-gram embeddings of three characters alone."""
+    if "trigram_rows" in settings:
+        rows = settings.pop("trigram_rows")
+        settings["ngrams"] = None if rows == 0 else {3: rows}
 
 
 def config_of(hyper_parameters: dict[str, Any]) -> GPTConfig:
@@ -155,8 +181,10 @@ def check_sizes(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     sizes = {"n_embd": weights["token_embedding.weight"].size(1), "n_layer": layers}
     if config.position == "learned":
         sizes["block_size"] = weights["position_embedding.weight"].size(0)
-    if config.trigram_rows:
-        sizes["trigram_rows"] = weights["trigram_embedding.table.weight"].size(0)
+    if config.ngrams:
+        rows = sum(config.ngrams.values())
+        if rows != weights["ngram_embedding.table.weight"].size(0):
+            raise ValueError(f"ngrams asks for {rows} rows, but its weights have others")
     for name, size in sizes.items():
         if getattr(config, name) != size:
             raise ValueError(f"{name} is {getattr(config, name)}, but its weights have {size}")

@@ -68,8 +68,11 @@ class GPTConfig:
     zero_init: bool = False
     """Start each residual branch and the head at zero: every block begins as the identity, and
     every character as equally likely."""
-    trigram_rows: int = 0
-    """Add an embedding of the last three characters, from a hashed table with this many rows."""
+    ngrams: dict[int, int] | None = None
+    """Hashed n-gram embeddings: with {2: 8192, 3: 8192} the last two and the last three characters
+    each add a vector, from tables of that many rows."""
+    ngram_dropout: float = 0.0
+    """Share of n-gram vectors left out while training, in [0, 1): they learn by heart."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,9 +80,15 @@ class GPTConfig:
         for name in ("block_size", "n_embd", "n_head", "n_layer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.trigram_rows < 0:
-            raise ValueError(f"trigram_rows is {self.trigram_rows}; it must be at least 0")
-        for name in ("dropout", "attention_dropout"):
+        for n, rows in (self.ngrams or {}).items():
+            if type(n) is not int or not 2 <= n <= len(NgramEmbedding.FACTORS):
+                most = len(NgramEmbedding.FACTORS)
+                raise ValueError(
+                    f"ngrams has {n!r}; it must be a number of characters, 2 to {most}"
+                )
+            if type(rows) is not int or rows < 1:
+                raise ValueError(f"ngrams has {n}: {rows!r}; a table needs at least 1 row")
+        for name in ("dropout", "attention_dropout", "ngram_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
@@ -95,6 +104,11 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def preceding(self) -> int:
+        """Characters before a sequence that its first n-gram takes in."""
+        return max(self.ngrams or {1: 0}) - 1
 
 
 def check_type(name: str, value: object, declared: Any) -> None:
@@ -196,7 +210,7 @@ class KVCache:
         self.memory = zeros(shape)  # keys and values of each layer
         self.starts = [end] * rows  # the place of each text's first character
         self.end = end  # the place after the newest characters
-        self.newest_ids = zeros((rows, 2), dtype=torch.long)  # for embeddings of several characters
+        self.newest_ids = zeros((rows, config.preceding), dtype=torch.long)  # for n-grams
 
     @property
     def length(self) -> int:
@@ -236,9 +250,9 @@ class KVCache:
         self.end -= first
 
     def preceding_ids(self, ids: Tensor) -> Tensor:
-        """Take in the new ids, (B, T); returns the two before them, (B, 2), 0 where none are."""
-        preceding, together = self.newest_ids, torch.cat((self.newest_ids, ids), dim=1)
-        self.newest_ids = together[:, -2:]
+        """Take in the new ids, (B, T); returns those before them that n-grams need, or 0."""
+        preceding = self.newest_ids
+        self.newest_ids = torch.cat((preceding, ids), dim=1)[:, ids.size(1) :]
         return preceding
 
     def put(self, rows: list[int], source: "KVCache", source_rows: list[int]) -> None:
@@ -353,26 +367,38 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class TrigramEmbedding(nn.Module):
-    """Hashed n-gram embedding: a vector for each three characters in a row, (B, T) to (B, T, C).
+class NgramEmbedding(nn.Module):
+    """Hashed n-gram embeddings: the last n characters have a vector of their own, (B, T, C).
 
     What a few letters make likely is looked up, and need not be worked out by attention
     (hash embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
     """
 
-    FACTORS = (36313, 27191, 51749)  # spread neighboring ids over the table
+    FACTORS = (36313, 27191, 51749, 43987, 60493)  # spread neighboring ids over the table
 
-    def __init__(self, rows: int, n_embd: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(rows, n_embd)
+        self.ngrams = dict(sorted((config.ngrams or {}).items()))
+        self.dropout = config.ngram_dropout
+        # All tables in one, one below the other: a single lookup is faster than many.
+        self.table = nn.Embedding(sum(self.ngrams.values()), config.n_embd)
 
     def forward(self, ids: Tensor, preceding: Tensor) -> Tensor:
-        """From ids (B, T) and the two that stand before them, (B, 2); 0 where none do."""
-        T = ids.size(1)
+        """From ids (B, T) and those that stand before them, (B, n - 1); 0 where none do."""
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
-        whole = torch.cat((preceding, ids), dim=1)  # (B, T + 2)
-        row = sum(factor * whole[:, 2 - i : 2 - i + T] for i, factor in enumerate(self.FACTORS))
-        return self.table(row % self.table.num_embeddings)
+        T, whole = ids.size(1), torch.cat((preceding, ids), dim=1)  # (B, n - 1 + T)
+        at, first = preceding.size(1), 0
+        lookups = []
+        for n, rows in self.ngrams.items():
+            factors = self.FACTORS[:n]
+            hashed = sum(f * whole[:, at - i : at - i + T] for i, f in enumerate(factors))
+            lookups.append(first + hashed % rows)
+            first += rows
+        vectors = self.table(torch.stack(lookups, dim=-1))  # (B, T, tables, C)
+        if self.training and self.dropout:
+            kept = F.dropout(vectors.new_ones(*vectors.shape[:-1], 1), self.dropout)
+            vectors = kept * vectors
+        return vectors.sum(dim=-2)
 
 
 class GPT(nn.Module):
@@ -385,12 +411,11 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
-        C, rows = config.n_embd, config.trigram_rows
-        learned, make_norm = config.position == "learned", NORMS[config.norm]
+        C, learned, make_norm = config.n_embd, config.position == "learned", NORMS[config.norm]
         self.config = config
         self.token_embedding = nn.Embedding(vocab_size, C)
         self.position_embedding = nn.Embedding(config.block_size, C) if learned else None
-        self.trigram_embedding = TrigramEmbedding(rows, C) if rows else None
+        self.ngram_embedding = NgramEmbedding(config) if config.ngrams else None
         self.embedding_norm = make_norm(C) if config.norm == "plain" else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(C)
@@ -414,8 +439,8 @@ class GPT(nn.Module):
                 parameter.mul_(scale)
         if self.config.zero_init:
             self.head.weight.zero_()
-        if self.trigram_embedding is not None:
-            self.trigram_embedding.table.weight.zero_()
+        if self.ngram_embedding is not None:
+            self.ngram_embedding.table.weight.zero_()
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next character at every position.
@@ -431,6 +456,10 @@ class GPT(nn.Module):
         Raises:
             ValueError: more characters than block_size.
         """
+        return self.head(self.features(ids, cache))
+
+    def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, (B, T, C): the last block's residual stream, after its norm."""
         B, T = ids.shape
         length = T if cache is None else cache.length + T
         if length > self.config.block_size:
@@ -446,12 +475,13 @@ class GPT(nn.Module):
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        if self.trigram_embedding is not None:
-            preceding = ids.new_zeros(B, 2) if cache is None else cache.preceding_ids(ids)
-            x = x + self.trigram_embedding(ids, preceding)
+        if self.ngram_embedding is not None:
+            none = ids.new_zeros(B, self.config.preceding)
+            preceding = none if cache is None else cache.preceding_ids(ids)
+            x = x + self.ngram_embedding(ids, preceding)
         x = self.embedding_norm(x)
         rotary = self.position_embedding is None
         angles = rotary_angles(positions, self.config.head_size) if rotary else None
         for block, layer_cache in zip(self.blocks, layers):
             x = block(x, angles, mask, layer_cache)
-        return self.head(self.norm(x))  # (B, T, V)
+        return self.norm(x)

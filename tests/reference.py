@@ -86,14 +86,15 @@ class Reference(nn.Module):
 
     def __init__(
         self, vocab_size, block_size, n_embd, n_head, n_layer, position, norm, bias, qkv_bias,
-        activation, trigram_rows, **_,
+        activation, ngrams, **_,
     ) -> None:  # fmt: skip
         super().__init__()
         plain, rotary = norm == "plain", position == "rotary"
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = None if rotary else nn.Embedding(block_size, n_embd)
-        self.table = nn.Embedding(trigram_rows, n_embd) if trigram_rows else None
+        self.ngrams = ngrams or {}
+        self.table = nn.Embedding(sum(ngrams.values()), n_embd) if ngrams else None
         self.embedding_norm = Norm(n_embd, plain=True) if plain else None
         self.blocks = nn.ModuleList(
             Block(n_embd, n_head, rotary, plain, bias, qkv_bias, activation) for _ in range(n_layer)
@@ -106,21 +107,28 @@ class Reference(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: ids.size(1)]
         if self.table is not None:
-            x = x + self.trigrams(ids)
+            x = x + self.ngram_vectors(ids)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         for block in self.blocks:
             x = block(x)
         return self.output(self.norm(x))
 
-    def trigrams(self, ids: Tensor) -> Tensor:
+    def ngram_vectors(self, ids: Tensor) -> Tensor:
         """What stands before the beginning counts as id 0."""
+        tables = dict(zip(self.ngrams, self.table.weight.split(list(self.ngrams.values()))))
         vectors = []
         for text in ids.tolist():
-            text = [0, 0, *text]
-            for third, second, last in zip(text, text[1:], text[2:]):
-                row = (36313 * last + 27191 * second + 51749 * third) % len(self.table.weight)
-                vectors.append(self.table.weight[row])
+            for end in range(1, len(text) + 1):
+                fifth, fourth, third, second, last = ([0] * 4 + text)[end - 1 : end + 4]
+                hashes = {
+                    2: 36313 * last + 27191 * second,
+                    3: 36313 * last + 27191 * second + 51749 * third,
+                    4: 36313 * last + 27191 * second + 51749 * third + 43987 * fourth,
+                    5: 36313 * last + 27191 * second + 51749 * third + 43987 * fourth
+                    + 60493 * fifth,
+                }  # fmt: skip
+                vectors.append(sum(rows[hashes[n] % len(rows)] for n, rows in tables.items()))
         return torch.stack(vectors).view(*ids.shape, -1)
 
 
@@ -134,7 +142,7 @@ def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
 
     add("token_embedding", reference.token_embedding)
     add("position_embedding", reference.position_embedding)
-    add("trigram_embedding.table", reference.table)
+    add("ngram_embedding.table", reference.table)
     for i, block in enumerate(reference.blocks):
         add(f"blocks.{i}.attention_norm", block.attention_norm)
         parts = [head.query for head in block.heads]

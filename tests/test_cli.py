@@ -203,10 +203,20 @@ def test_going_on_with_what_is_complete_says_so(run, command):
     assert (result.status, result.err.splitlines()) == (
         0,
         [
-            "nothing to do: the checkpoint is of step 8, trainer.max_steps is 8",
+            f"settings {run / RUN / 'config.yaml'}",
+            "nothing to do: the checkpoint is of step 8, and trainer.max_steps is 8",
             "give a larger --trainer.max_steps to train on",
         ],
     )
+
+
+def test_going_on_when_the_time_is_over_says_so(run, command):
+    limits = ["--trainer.max_time={seconds: 1000}", "--trainer.max_steps=9"]
+    assert command(run, "fit", "--ckpt_path=last", *limits).status == 0
+    limits = ["--trainer.max_time={seconds: 0}", "--trainer.max_steps=12"]
+    result = command(run, "fit", "--ckpt_path=last", *limits)
+    assert (result.status, "of step 9, and trainer.max_time is" in result.err) == (0, True)
+    assert "give a larger --trainer.max_time" in result.err
 
 
 def test_the_config_of_a_run_that_went_on_starts_anew(run, command):
@@ -424,6 +434,12 @@ def test_the_summary_says_what_is_trained_on_what(folder, command):
     assert "device   cpu, precision 32-true" in result.err
 
 
+def test_a_step_of_several_batches_says_so(folder, command):
+    flags = ("--trainer.fast_dev_run=true", "--trainer.accumulate_grad_batches=2")
+    assert "divided by 2" in command(folder, "fit", "--config=tiny.yaml", *flags).err
+    assert "divided by" not in command(folder, "fit", "--config=tiny.yaml", flags[0]).err
+
+
 def test_a_long_run_without_a_gpu_is_announced(folder, command, monkeypatch):
     args = ["fit", "--config=tiny.yaml", "--trainer.enable_checkpointing=false"]
     assert "--config cpu" not in command(folder, *args).err
@@ -588,6 +604,7 @@ CONFIGS = {
         (["--trainer.max_time=abc"], 1, "duration"),
         (["--trainer.max_steps=0"], 1, "trainer.max_steps is 0; it must be at least 1"),
         (["--trainer.val_check_interval=0"], 1, "trainer.val_check_interval is 0"),
+        (["--trainer.max_epochs=1"], 1, "sequences are read without end"),
         (["--trainer.accumulate_grad_batches=0"], 1, "trainer.accumulate_grad_batches is 0"),
         # runs that are not there
         (["predict"], 1, "no run with a checkpoint"),

@@ -14,7 +14,7 @@ from tiny import make_data, write_text
 from torch.utils.data import DataLoader
 
 from chargpt.data import CharDataModule
-from chargpt.data.blocks import EvaluationBlocks, RandomBlocks
+from chargpt.data.blocks import EpochBlocks, EvaluationBlocks, RandomBlocks
 from chargpt.data.corpus import CorpusError
 
 TOKENS = np.arange(60_000, dtype=np.uint16)  # each id says where it stands
@@ -64,6 +64,41 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
     assert len(set(starts)) == len(starts)
     for start, row in zip(starts, alone.tolist()):
         assert row == list(range(start, start + block_size + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(characters=st.integers(13, 400), block_size=sizes, batch_size=sizes, seed=st.integers(0, 99))
+def test_an_epoch_reads_each_character_once(characters, block_size, batch_size, seed):
+    """But for less than two sequences at the ends; and the next epoch cuts the text elsewhere."""
+    blocks = EpochBlocks(TOKENS[:characters], block_size, batch_size, seed)
+    n = max(1, characters // block_size - 1)
+    starts = np.concatenate([blocks.starts(k) for k in range(-(-2 * n // batch_size))])
+    epochs = starts[:n], starts[n : 2 * n]
+    for epoch in epochs:
+        read = Counter(t for start in epoch for t in range(start + 1, start + block_size + 1))
+        assert set(read.values()) == {1}
+        assert min(read) >= 1 and max(read) < characters
+        assert len(read) > characters - 1 - 2 * block_size
+    assert all(row[-1] - row[0] == block_size for row in blocks[3].long())
+
+
+def test_epochs_differ_in_their_order_and_where_they_cut():
+    blocks = EpochBlocks(TOKENS[:1000], block_size=10, batch_size=99, seed=1)
+    first, second = blocks.starts(0), blocks.starts(1)
+    assert first[0] % 10 != second[0] % 10
+    assert not (np.diff(first) == 10).all()
+    assert not np.array_equal(first.argsort(), second.argsort())
+
+
+@settings(max_examples=100, deadline=None)
+@given(block_size=sizes, batch_size=sizes, world_size=st.integers(1, 4), k=st.integers(0, 2**40))
+def test_ranks_share_an_epoch(block_size, batch_size, world_size, k):
+    tokens = TOKENS[:500]
+    alone = EpochBlocks(tokens, block_size, batch_size * world_size, 7)[k]
+    ranks = [
+        EpochBlocks(tokens, block_size, batch_size, 7, r, world_size)[k] for r in range(world_size)
+    ]
+    assert torch.equal(torch.cat(ranks), alone)
 
 
 def test_every_place_of_the_split_can_be_read():

@@ -27,7 +27,7 @@ from chargpt.model import GPT, GPTConfig, KVCache
 
 VOCAB_SIZE = 11
 SIZES = dict(block_size=10, n_embd=16, n_head=2, n_layer=2)
-MODERN = dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37)
+MODERN = dict(position="rotary", norm="plain", bias=False, activation="relu2", ngrams={2: 7, 5: 37})
 ARCHITECTURES = pytest.mark.parametrize("switches", [{}, MODERN], ids=["textbook", "modern"])
 GREEDY = GenerationConfig(temperature=0)
 WARM = GenerationConfig(temperature=1.5)

@@ -156,7 +156,7 @@ def test_a_pipeline_writes_without_any_setting(transformers, tmp_path, position)
 @pytest.mark.parametrize(
     ("switches", "reason"),
     [
-        (dict(trigram_rows=7, position="rotary"), "n-gram tables.*\n.*--model.trigram_rows 0"),
+        (dict(ngrams={3: 7}, position="rotary"), "n-gram tables.*\n.*--model.ngrams null"),
         (dict(norm="plain"), "learned positions and a norm.*\n.*--model.position rotary"),
         (dict(n_embd=16), "bias of the head.*\n.*--model.bias false, or --model.n_embd of 38"),
     ],

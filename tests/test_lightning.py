@@ -11,6 +11,7 @@ from tiny import make_data, make_module, make_trainer
 
 from chargpt.checkpoints import LOGS
 from chargpt.cli.train import TrainingCLI
+from chargpt.data.blocks import RandomBlocks
 
 RUN = Path(LOGS, "version_0")
 
@@ -62,6 +63,18 @@ def test_a_limit_of_one_is_one_batch(folder, trained, command, monkeypatch):
 def test_a_limited_validation_is_kept_in_mind(folder, command):
     assert fit(command, folder, "--trainer.limit_val_batches=1").status == 0
     assert read(folder)["limit_val_batches"] == 1
+
+
+def test_an_epoch_goes_on_where_the_one_before_it_stopped(folder, command, monkeypatch):
+    read = RandomBlocks.__getitem__
+    seen = []
+    monkeypatch.setattr(
+        RandomBlocks, "__getitem__", lambda self, k: (seen.append(k), read(self, k))[1]
+    )
+    flags = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=2", "--trainer.max_steps=-1"]
+    result = fit(command, folder, *flags, "--trainer.val_check_interval=null")
+    assert result.status == 0, result.err
+    assert sorted(set(seen)) == [0, 1, 2, 3, 4, 5]
 
 
 # ---- loggers: a run lies in lightning_logs, whatever logs it ----

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from reference import named_as_in_gpt, reference_of
 
-from chargpt.model import GPT, GPTConfig
+from chargpt.model import GPT, GPTConfig, NgramEmbedding
 
 SIZES = dict(block_size=12, n_embd=24, n_head=3, n_layer=2)
 SWITCHES = {
@@ -16,8 +16,14 @@ SWITCHES = {
     "bias of query, key and value": dict(qkv_bias=True),
     "gelu": dict(activation="gelu"),
     "relu2": dict(activation="relu2"),
-    "trigrams": dict(trigram_rows=37),
-    "all": dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37),
+    "trigrams": dict(ngrams={3: 37}),
+    "all": dict(
+        position="rotary",
+        norm="plain",
+        bias=False,
+        activation="relu2",
+        ngrams={2: 11, 4: 37, 5: 19},
+    ),
 }
 
 
@@ -94,11 +100,24 @@ def test_initial_weights():
 
 @torch.no_grad()
 def test_zero_init_starts_as_the_identity_and_undecided():
-    gpt = make_gpt(zero_init=True, trigram_rows=5).eval()
+    gpt = make_gpt(zero_init=True, ngrams={3: 5}).eval()
     ids = random_ids(2, 12)
     assert (gpt(ids) == 0).all()
     x = gpt.token_embedding(ids)
     assert torch.equal(gpt.blocks[0](x), x)
+
+
+def test_ngram_dropout_leaves_whole_vectors_out_and_keeps_their_mean():
+    settings = dict(ngrams={2: 50, 3: 70}, ngram_dropout=0.25)
+    embedding = NgramEmbedding(GPTConfig(**SIZES | settings))
+    ids, preceding = random_ids(500, 12), random_ids(500, 2, seed=3)
+    torch.nn.init.constant_(embedding.table.weight, 3.0)
+    vectors = embedding(ids, preceding) / 3.0  # of two tables: 0, 1 or 2 of them kept
+    assert (vectors == vectors[..., :1]).all()
+    shares = torch.stack([(vectors[..., 0] * 0.75).round() == n for n in range(3)])
+    expected = torch.tensor([0.0625, 0.375, 0.5625])
+    torch.testing.assert_close(shares.float().mean((1, 2)), expected, rtol=0, atol=0.02)
+    assert (embedding.eval()(ids, preceding) == 6.0).all()
 
 
 def test_dropout_works_in_training_alone():
@@ -118,6 +137,11 @@ def test_dropout_works_in_training_alone():
         (dict(n_head=5), "n_embd 24 is not divisible by n_head 5"),
         (dict(n_head=8, position="rotary"), "rotary .* is odd"),
         (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
+        (dict(ngrams={1: 8}), "ngrams has 1; .* 2 to 5"),
+        (dict(ngrams={6: 8}), "ngrams has 6"),
+        (dict(ngrams={"3": 8}), "ngrams has '3'"),
+        (dict(ngrams={3: 0}), "ngrams has 3: 0"),
         (dict(dropout=-0.1), "dropout is -0.1"),
     ],
 )

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from lightning import Callback
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
 
-from chargpt.checkpoints import CheckpointError, read_checkpoint
+from chargpt.checkpoints import CheckpointError, network_of, read_checkpoint
 from chargpt.training.module import GPTModule
+from chargpt.vocabulary import Vocabulary
 
 
 class Watch(Callback):
@@ -191,9 +192,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     blocks = torch.cat([batch for _, batch in zip(range(4), data.train_dataloader())]).long()
     fresh = make_module(**model)
     fresh.build(data.vocabulary)
-    fresh.loss(blocks[:, :-1], blocks[:, 1:]).backward()
+    fresh.loss(fresh.features(blocks[:, :-1]), blocks[:, 1:]).backward()
     for accumulated, p in zip(gradients[0], fresh.parameters()):
         torch.testing.assert_close(accumulated, p.grad, rtol=1e-4, atol=1e-7)
+
+
+# ---- the second target ----
+
+
+def test_the_second_target_is_the_character_after_the_next():
+    module = make_module(second_target=0.5, dropout=0.0)
+    module.build(Vocabulary("abcdef"))
+    torch.nn.init.normal_(module.second_head.weight)
+    ids = torch.randint(6, (3, 9), generator=torch.Generator().manual_seed(0))
+    module.progress = 0.25  # half of its weight is left
+    features = module.features(ids[:, :-1])
+    log_p = (features @ module.second_head.weight.T).log_softmax(-1)
+    expected = -torch.stack([log_p[b, t, ids[b, t + 2]] for b in range(3) for t in range(7)]).mean()
+    assert module.second_loss(features, ids[:, 1:]).item() == pytest.approx(0.25 * expected.item())
+
+
+def test_the_second_target_fades_and_is_no_part_of_the_network(tmp_path):
+    model = dict(second_target=0.5, dropout=0.0)
+    watch, module, _ = train(tmp_path, model=model, max_steps=8)
+    weights = [module.config.second_target_at(step / 8) for step in range(8)]
+    assert weights == [0.5, 0.375, 0.25, 0.125, 0, 0, 0, 0]
+    assert module.second_head.weight.abs().max() > 0
+    gpt, _ = network_of(read_checkpoint(last(tmp_path)), "last")
+    assert_same(dict(gpt.state_dict()), dict(module.gpt.state_dict()))
 
 
 # ---- the clock ----
@@ -254,6 +280,24 @@ def test_a_checkpoint_alone_gives_network_and_vocabulary(trained):
     assert alone.vocabulary == module.vocabulary
     assert_same(alone.state_dict(), module.state_dict())
     assert list(checkpoint["state_dict"]) == [f"gpt.{name}" for name in module.gpt.state_dict()]
+
+
+def test_a_checkpoint_of_version_0_1_has_other_names_for_n_grams(tmp_path):
+    _, module, trainer = train(tmp_path, model=dict(ngrams={3: 40}), max_steps=2)
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    settings, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    del settings["ngrams"], settings["ngram_dropout"], settings["second_target"]
+    settings["trigram_rows"] = 40
+    state["gpt.trigram_embedding.table.weight"] = state.pop("gpt.ngram_embedding.table.weight")
+    torch.save(checkpoint, old := tmp_path / "old.ckpt")
+
+    gpt, _ = network_of(read_checkpoint(old), old)
+    assert_same(dict(gpt.state_dict()), dict(module.gpt.state_dict()))
+    expected = trainer.callback_metrics["val_loss"]
+    fresh, data = make_module(ngrams={3: 40}, seed=5), make_data(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(fresh, data, ckpt_path=old, weights_only=True, verbose=False)
+    assert trainer.callback_metrics["val_loss"] == expected
 
 
 def test_another_vocabulary_is_refused(trained, tmp_path):

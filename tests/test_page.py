@@ -39,9 +39,9 @@ needs_browser = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.mis
 SWITCHES = {
     "learned": dict(),
     "rotary": dict(
-        position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=37
+        position="rotary", norm="plain", bias=False, activation="relu2", ngrams={2: 11, 5: 37}
     ),
-    "gelu": dict(norm="plain", activation="gelu", trigram_rows=5, n_head=1),
+    "gelu": dict(norm="plain", activation="gelu", ngrams={3: 5}, n_head=1),
     "odd": dict(
         n_embd=15, n_head=3, bias=False, activation="gelu", block_size=7
     ),  # rows to be padded
@@ -94,7 +94,7 @@ def parts(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_file_holds_the_weights_and_little_more(tmp_path, dtype):
-    generator = make_generator(n_embd=64, trigram_rows=3000)
+    generator = make_generator(n_embd=64, ngrams={3: 3000})
     path = make_page(tmp_path, generator, dtype)
     size = sum(parameter.numel() for parameter in generator.parameters()) * (
         2 if dtype == "float16" else 4

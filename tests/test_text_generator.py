@@ -196,7 +196,7 @@ def test_a_loaded_generator_writes_what_the_saved_one_did(tmp_path):
 
 
 def test_every_switch_of_the_network_travels(tmp_path):
-    switches = dict(position="rotary", norm="plain", bias=False, activation="relu2", trigram_rows=7)
+    switches = dict(position="rotary", norm="plain", bias=False, activation="relu2", ngrams={3: 7})
     saved = make_generator(**switches)
     path = save(tmp_path / "x.ckpt", saved, hyper_parameters=SIZES | switches)
     assert load(path).complete("abc", seed=2) == saved.complete("abc", seed=2)

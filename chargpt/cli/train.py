@@ -4,9 +4,8 @@ import argparse
 import ctypes
 import logging
 import os
-import shutil
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,6 +25,7 @@ from chargpt import checkpoints
 from chargpt.checkpoints import CheckpointError
 from chargpt.cli.main import COMMANDS, fail
 from chargpt.cli.parsing import UNION, checked, explain, find_config, read_config, shipped_configs
+from chargpt.cli.run_folder import RunFolder
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
 from chargpt.training import GPTModule
@@ -100,6 +101,7 @@ class TrainingCLI(LightningCLI):
         self.command = command
         self.checkpoint_path: Path | None = None
         self.corpus_digest: str | None = None
+        self.folder: RunFolder | None = None
         super().__init__(
             GPTModule,
             CharDataModule,
@@ -194,7 +196,7 @@ class TrainingCLI(LightningCLI):
             saved = checkpoint["datamodule_hyper_parameters"]
             self.corpus_digest = saved.get("corpus_digest")
         if self.command == "fit":
-            check_resumable(checkpoint, path, self.config.trainer.max_steps)
+            check_resumable(checkpoint, path, self.config.trainer)
 
     # ---- what is made of it ----
 
@@ -202,63 +204,37 @@ class TrainingCLI(LightningCLI):
         """Choose the folder of the run, point its loggers there, and make everything."""
         given = self.given = self.config  # is kept in config.yaml, and names no folder of a run
         config = given.trainer
-        self.new_run: Path | None = None
-        self.run_folder: Path | None = None
-        self.root = Path(config.default_root_dir or os.getcwd())
         keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
         self.saves = keeps and config.enable_checkpointing is not False
         self.keeps = self.saves or (keeps and config.logger is not False)
-        if self.keeps:
-            self.run_folder = self.choose_folder(self.root / checkpoints.LOGS)
+        self.run_path = checkpoints.run_of(self.checkpoint_path) if self.keeps else None
+        if self.keeps and rank_zero_only.rank == 0:  # the other ranks hear of a new one from it
+            logs = Path(config.default_root_dir or os.getcwd()) / checkpoints.LOGS
+            self.folder = RunFolder(logs, self.run_path)
+            self.run_path = self.folder.path
             self.config = given.clone()
             for logger in loggers_of(self.config.trainer):
-                self.point(logger)
+                point(logger, self.run_path)
         try:
             super().instantiate_classes()
         except BaseException as error:
-            self.discard_new_run()
+            if self.folder:
+                self.folder.release(nothing_came=True)
             if isinstance(error, (TypeError, ImportError)):  # Lightning's words for what cannot be
                 raise ValueError(str(error)) from error
             if UNION in str(error):  # jsonargparse's, for a class that cannot be made
                 raise ValueError(explain(self.parser, str(error))) from error
             raise
 
-    def choose_folder(self, logs: Path) -> Path | None:
-        """A new version_N, or, resuming, the folder of the run itself: one folder, one curve.
-
-        The other ranks hear of it from the first.
-        """
-        run = self.checkpoint_path and self.checkpoint_path.absolute().parent.parent
-        if run and run.parent == logs.absolute():
-            return run
-        if rank_zero_only.rank == 0:
-            self.new_run = checkpoints.new_run(logs)
-        return self.new_run
-
-    def point(self, logger: Namespace) -> None:
-        """Let a logger that writes plain files write them into the folder of the run."""
-        if logger.class_path.rpartition(".")[2] not in FILE_LOGGERS:
-            return
-        if logger.init_args.save_dir == HERE:
-            logger.init_args.save_dir = str(self.root)
-        if logger.init_args.version is None and self.run_folder:
-            logger.init_args.version = self.run_folder.name
-            metrics = self.run_folder / "metrics.csv"
-            if metrics.exists():  # CSVLogger begins anew, and would delete what is there
-                metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init.trainer
         if self.command != "fit":  # looks at a run and leaves nothing behind
             kwargs["logger"] = False
-        elif self.keeps and config.logger in (None, True):
+        elif self.run_path and config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
-                self.root,
-                name=checkpoints.LOGS,
-                version=self.run_folder.name if self.run_folder else None,
-                default_hp_metric=False,
+                self.run_path.parent, name="", version=self.run_path.name, default_hp_metric=False
             )
-        self.save_config_kwargs = {"folder": self.run_folder}
+        self.save_config_kwargs = {"folder": self.run_path}
         if not self.keeps:
             self.save_config_callback = None
         self.config = self.given
@@ -273,7 +249,7 @@ class TrainingCLI(LightningCLI):
     def callbacks(self, config: Any) -> list[Callback]:
         """Ours, beside those of the configuration."""
         given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        folder, ours = self.run_folder, []
+        folder, ours = self.run_path, []
         if self.command == "fit":
             ours += [Summary(folder), Throughput(), TextSamples()]
         bar = config.enable_progress_bar is not False and not config.barebones
@@ -301,17 +277,9 @@ class TrainingCLI(LightningCLI):
                 weights_only=True,  # no code from a checkpoint is run
                 **verbose,
             )
-        except BaseException:
-            if self.trainer.global_step == 0:
-                self.discard_new_run()
-            raise
-
-    def discard_new_run(self) -> None:
-        """Remove the folder of a run of which nothing came."""
-        if self.new_run and not any(self.new_run.glob("checkpoints/*")):
-            shutil.rmtree(self.new_run, ignore_errors=True)
-            with suppress(OSError):  # the folder of all runs, unless it holds others
-                self.new_run.parent.rmdir()
+        finally:
+            if self.folder:
+                self.folder.release(nothing_came=self.trainer.global_step == 0)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -324,6 +292,16 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         path = self.folder / self.config_filename
         self.parser.save(self.config, path, skip_none=False, overwrite=True)
+
+
+def point(logger: Namespace, run: Path) -> None:
+    """Let a logger of files that names no folder write into the folder of the run."""
+    settings = logger.init_args
+    if logger.class_path.rpartition(".")[2] in FILE_LOGGERS and settings.save_dir == HERE:
+        settings.update(save_dir=str(run.parent), name="", version=run.name)
+        metrics = run / "metrics.csv"
+        if metrics.exists():  # CSVLogger begins anew, and would delete what is there
+            metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
 
 
 def loggers_of(config: Any) -> list[Namespace]:
@@ -386,13 +364,16 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of_run(checkpoint: Path) -> list[str]:
-    """The configuration beside a checkpoint, where there is one, as text."""
-    config = checkpoint.absolute().parents[1] / "config.yaml"
-    if not config.is_file():
+    """The configuration of the run that a checkpoint belongs to, where there is one, as text."""
+    run = checkpoints.run_of(checkpoint)
+    if run is None:
         return []
-    saved = yaml.safe_load(read_config(str(config)))
+    say(f"settings {run / checkpoints.CONFIG}")
+    saved = yaml.safe_load(read_config(str(run / checkpoints.CONFIG)))
     groups = ("trainer", "model", "data")  # version 0.1 also kept arguments of Trainer.fit
-    return [yaml.safe_dump({name: saved[name] for name in groups if name in saved})]
+    settings = {name: saved[name] for name in groups if name in saved}
+    checkpoints.rename_ngrams(settings.get("model", {}))
+    return [yaml.safe_dump(settings)]
 
 
 def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
@@ -410,14 +391,23 @@ def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
             )
 
 
-def check_resumable(checkpoint: dict[str, Any], path: Path, max_steps: int) -> None:
+def check_resumable(checkpoint: dict[str, Any], path: Path, config: Any) -> None:
+    """End here where there is nothing to resume."""
     step = checkpoint["global_step"]
     if not {"optimizer_states", "loops"} <= checkpoint.keys():
         raise CheckpointError(f"{path} holds weights alone; training cannot resume from it")
-    if 0 < max_steps <= step:
+    limit = None
+    if 0 < config.max_steps <= step:
+        limit = "max_steps"
+    if config.max_time and (spent := checkpoint["callbacks"].get("Timer")):
+        timer = Timer(config.max_time)
+        timer.load_state_dict(spent)
+        if timer.time_remaining() <= 0:
+            limit = "max_time"
+    if limit:
         say(
-            f"nothing to do: the checkpoint is of step {step}, trainer.max_steps is {max_steps}\n"
-            "give a larger --trainer.max_steps to train on"
+            f"nothing to do: the checkpoint is of step {step}, and trainer.{limit} is "
+            f"{config[limit]}\ngive a larger --trainer.{limit} to train on"
         )
         raise SystemExit(0)
 
@@ -429,6 +419,11 @@ def check_trainer(config: Any) -> None:
         endless = name == "max_steps" and value == -1
         if isinstance(value, (int, float)) and value < 1 and not endless:  # a time is text
             raise ValueError(f"trainer.{name} is {value}; it must be at least 1")
+    if config.max_epochs not in (None, -1) and config.limit_train_batches is None:
+        raise ValueError(
+            f"trainer.max_epochs is {config.max_epochs}, but sequences are read without end\n"
+            "give --trainer.max_steps, or --trainer.limit_train_batches N to say what an epoch is"
+        )
 
 
 def check_end(config: Any) -> None:

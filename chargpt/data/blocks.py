@@ -7,6 +7,7 @@ inputs, the last T the targets. They are widened on the device, so that little t
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,6 +46,34 @@ class RandomBlocks(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         offset, stride = worker_share()
         return (self[k] for k in itertools.count(self.first + offset, stride))
+
+
+@dataclass(eq=False)
+class EpochBlocks(RandomBlocks):
+    """Sequences to train on by epochs: each character is a target once before any is again.
+
+    A random offset below block_size cuts the split into sequences (what is left over at its ends
+    waits for another epoch), a permutation orders them, and the next epoch draws both anew. Batch k
+    is a pure function of (seed, k) here too. An order takes 8 bytes of memory for each sequence.
+    """
+
+    def starts(self, k: int) -> np.ndarray:
+        n_sequences = max(1, len(self.tokens) // self.block_size - 1)  # wherever they begin
+        size = self.world_size * self.batch_size
+        epochs, places = np.divmod(np.arange(k * size, (k + 1) * size), n_sequences)
+        offsets = min(self.block_size, len(self.tokens) - n_sequences * self.block_size)
+        starts = []
+        for epoch in np.unique(epochs).tolist():
+            offset, order = draw_epoch(self.seed, epoch, offsets, n_sequences)
+            starts.append(offset + self.block_size * order[places[epochs == epoch]])
+        return np.concatenate(starts)
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def draw_epoch(seed: int, epoch: int, offsets: int, n_sequences: int) -> tuple[int, np.ndarray]:
+    """Where the first sequence of an epoch begins, and the order of all."""
+    random = np.random.default_rng((seed, epoch))
+    return int(random.integers(offsets)), random.permutation(n_sequences)
 
 
 @dataclass(eq=False)

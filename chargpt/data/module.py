@@ -1,6 +1,6 @@
 """The LightningDataModule: one text, split, served in batches of ids (B, T + 1)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -8,10 +8,12 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from chargpt.data.blocks import EvaluationBlocks, RandomBlocks
+from chargpt.data.blocks import EpochBlocks, EvaluationBlocks, RandomBlocks
 from chargpt.data.corpus import CorpusError, find_text
 from chargpt.data.token_file import open_corpus
 from chargpt.vocabulary import Vocabulary
+
+ORDERS = {"random": RandomBlocks, "epochs": EpochBlocks}
 
 
 class CharDataModule(LightningDataModule):
@@ -28,6 +30,8 @@ class CharDataModule(LightningDataModule):
         batch_size: sequences in a batch, on each device.
         val_fraction: share of the text to validate on, after the part to train on.
         test_fraction: share of the text to test on, at its end.
+        order: random trains on sequences that begin anywhere; epochs reads each character once
+            before any is read again, which learns more from a text that is read several times.
         num_workers: processes that read ahead; reading is so cheap that 0 is usually fastest.
         seed: chooses the sequences; the command line fills in seed_everything.
 
@@ -45,6 +49,7 @@ class CharDataModule(LightningDataModule):
         batch_size: int = 64,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
+        order: Literal[tuple(ORDERS)] = "random",  # type: ignore[valid-type]
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
@@ -57,6 +62,8 @@ class CharDataModule(LightningDataModule):
         ):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} on")
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; it must be one of {', '.join(ORDERS)}")
         if min(val_fraction, test_fraction) < 0 or not val_fraction + test_fraction < 1:
             raise ValueError(
                 f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be "
@@ -129,8 +136,9 @@ class CharDataModule(LightningDataModule):
         trainer, h = self.trainer, self.hparams
         first = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
         sizes = h["block_size"], h["batch_size"]
+        Blocks = ORDERS[h["order"]]
         return self.loader(
-            RandomBlocks(self.train_tokens, *sizes, h["seed"], *self.rank_and_world_size, first)
+            Blocks(self.train_tokens, *sizes, h["seed"], *self.rank_and_world_size, first)
         )
 
     def val_dataloader(self) -> DataLoader:

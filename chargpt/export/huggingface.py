@@ -104,10 +104,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def architecture(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the weights of the architecture that computes what `gpt` computes."""
     ours, V = gpt.config, gpt.token_embedding.num_embeddings
-    if ours.trigram_rows:
+    if ours.ngrams:
         raise ExportError(
-            "no architecture in transformers has n-gram tables (trigram_rows)\n"
-            "train with --model.trigram_rows 0, or export --to page"
+            "no architecture in transformers has n-gram tables (ngrams)\n"
+            "train with --model.ngrams null, or export --to page"
         )
     if ours.position == "learned" and ours.norm == "plain":
         raise ExportError(

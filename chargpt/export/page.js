@@ -131,12 +131,12 @@ class KVCache {
     this.layers = Array.from({ length: n_layer }, layer);
     this.logits = new Float32Array(block_size * gpt.vocab_size);
     this.length = 0;
-    this.newest_ids = [0, 0];
+    this.newest_ids = [0, 0, 0, 0];
   }
 
   preceding_ids(ids) {
     const preceding = this.newest_ids;
-    this.newest_ids = [...preceding, ...ids].slice(-2);
+    this.newest_ids = [...preceding, ...ids].slice(-4);
     return preceding;
   }
 }
@@ -244,26 +244,32 @@ const add = (x, y) => {
   return x;
 };
 
-const FACTORS = [36313, 27191, 51749];
+const FACTORS = [36313, 27191, 51749, 43987, 60493];
 
-class TrigramEmbedding {
-  constructor(weights, name) {
+class NgramEmbedding {
+  constructor(ngrams, weights, name) {
+    this.ngrams = ngrams; // {"3": 8192}: as JSON holds it, smallest n first, as JavaScript keeps it
     this.table = new Embedding(weights, name + ".table");
   }
 
-  add_to(row, whole, t) {
-    const hash = FACTORS.reduce((sum, factor, i) => sum + factor * whole[t + 2 - i], 0);
-    this.table.add_to(row, hash % this.table.weight.rows);
+  add_to(row, whole, at) {
+    let first = 0;
+    for (const [n, rows] of Object.entries(this.ngrams)) {
+      const factors = FACTORS.slice(0, n);
+      const hashed = factors.reduce((sum, factor, i) => sum + factor * whole[at - i], 0);
+      this.table.add_to(row, first + (hashed % rows));
+      first += rows;
+    }
   }
 }
 
 class GPT {
   constructor(config, vocab_size, weights) {
-    const { n_embd: C, trigram_rows, position, norm, n_layer } = config;
+    const { n_embd: C, ngrams, position, norm, n_layer } = config;
     Object.assign(this, { config, vocab_size });
     this.token_embedding = new Embedding(weights, "token_embedding");
     this.position_embedding = position === "learned" && new Embedding(weights, "position_embedding");
-    this.trigram_embedding = trigram_rows > 0 && new TrigramEmbedding(weights, "trigram_embedding");
+    this.ngram_embedding = ngrams && new NgramEmbedding(ngrams, weights, "ngram_embedding");
     this.embedding_norm = norm === "plain" ? NORMS.plain(C) : { forward: (x) => x };
     this.blocks = Array.from({ length: n_layer }, (_, i) => new Block(config, weights, `blocks.${i}`));
     this.norm = NORMS[norm](C, weights, "norm");
@@ -278,12 +284,13 @@ class GPT {
       throw new Error(`${length + T} positions asked for, but block_size is ${block_size}`);
     }
     const preceding = cache.preceding_ids(ids);
+    const whole = [...preceding, ...ids];
     let x = new Float32Array(T * C);
     for (let t = 0; t < T; t++) {
       const row = x.subarray(t * C, (t + 1) * C);
       this.token_embedding.add_to(row, ids[t]);
       if (this.position_embedding) this.position_embedding.add_to(row, length + t);
-      if (this.trigram_embedding) this.trigram_embedding.add_to(row, [...preceding, ...ids], t);
+      if (this.ngram_embedding) this.ngram_embedding.add_to(row, whole, preceding.length + t);
     }
     x = this.embedding_norm.forward(x, T);
     const rotary = !this.position_embedding;

@@ -44,7 +44,8 @@ KNOWN: dict[str, tuple[str, ...] | None] = {
     "qkv_bias": None,
     "activation": ("relu", "gelu", "relu2"),
     "zero_init": None,
-    "trigram_rows": None,
+    "ngrams": None,
+    "ngram_dropout": None,
 }
 
 

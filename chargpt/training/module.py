@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from chargpt.checkpoints import CheckpointError, config_of
+from chargpt.checkpoints import CheckpointError, config_of, upgrade
 from chargpt.model import GPT, GPTConfig
 from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
 from chargpt.vocabulary import Vocabulary
@@ -54,6 +54,9 @@ class TrainingConfig(GPTConfig):
     """Sequence length warm-up: lengths of context and the share of the run until which each is
     used. With {64: 0.4, 128: 0.75} sequences are cut into pieces of 64 characters at first, then of
     128; afterwards they are whole."""
+    second_target: float = 0.0
+    """Weight of a second loss: of the character after the next, predicted by a head of its own
+    (Gloeckle et al. 2024, arXiv:2404.19737). It falls to 0 at half of the run."""
     compile: bool = False
     """Compile the network with torch.compile; pays off on a GPU after a minute."""
     seed: int = 1337
@@ -70,7 +73,8 @@ class TrainingConfig(GPTConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
                 )
-        for name in ("warmup_steps", "weight_decay", "muon_weight_decay", "min_lr_ratio"):
+        not_negative = "warmup_steps weight_decay muon_weight_decay min_lr_ratio second_target"
+        for name in not_negative.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not 1 <= self.muon_iterations <= len(POLAR_EXPRESS):
@@ -94,6 +98,10 @@ class TrainingConfig(GPTConfig):
                 return length
         return self.block_size
 
+    def second_target_at(self, progress: float) -> float:
+        """Weight of the second target when `progress`, 0 to 1, of the run is over."""
+        return self.second_target * max(0.0, 1 - 2 * progress)
+
     def lr_factor_at(self, step: int, progress: float) -> float:
         """Share of the highest learning rate: a function of the progress, not a state."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -116,6 +124,7 @@ class GPTModule(LightningModule):
         self.config = TrainingConfig(**settings)
         self.save_hyperparameters(asdict(self.config))
         self.gpt: GPT | None = None  # made when the vocabulary is known
+        self.second_head: nn.Linear | None = None
         self.vocabulary: Vocabulary | None = None
         # NaN counts: a loss that is no number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
@@ -128,9 +137,13 @@ class GPTModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.gpt = GPT(config_of(dict(self.hparams)), len(vocabulary))
+            if self.config.second_target:  # of use in training alone, so it is no part of the GPT
+                self.second_head = nn.Linear(self.config.n_embd, len(vocabulary), bias=False)
+                nn.init.zeros_(self.second_head.weight)
         self.vocabulary = vocabulary
+        self.features = self.gpt.features
         if self.config.compile:
-            self.gpt.compile()  # in place: the names of the weights stay as they are
+            self.features = torch.compile(self.features)
 
     def configure_model(self) -> None:
         try:
@@ -156,6 +169,7 @@ class GPTModule(LightningModule):
         checkpoint["vocabulary"] = self.vocabulary.characters
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        upgrade(checkpoint)
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if self.gpt is None:  # load_from_checkpoint, outside of a Trainer
             self.build(vocabulary)
@@ -164,10 +178,19 @@ class GPTModule(LightningModule):
 
     # ---- learning ----
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy: the mean loss in nats per character, of ids and targets (B, T)."""
-        logits = self.gpt(ids)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy: the mean loss in nats per character, from features (B, T, C)."""
+        return cross_entropy(self.gpt.head(features), targets)
+
+    def second_loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """The weighted cross-entropy of the character after the next; zero once it has no weight.
+
+        Position t predicts what position t + 1 has for its target; the last one has none.
+        """
+        weight = self.config.second_target_at(self.progress)
+        if weight == 0:  # but DDP waits for a gradient of all weights
+            return 0.0 * self.second_head.weight.sum()
+        return weight * cross_entropy(self.second_head(features[:, :-1]), targets[:, 1:])
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.progress = progress_of(self.trainer)
@@ -179,11 +202,12 @@ class GPTModule(LightningModule):
         ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
         if self.config.dropout or self.config.attention_dropout:
             self.seed_dropout(batch_idx)
-        loss = self.loss(ids, targets)
+        features = self.features(ids)
+        loss = self.loss(features, targets)
         every = self.trainer.log_every_n_steps  # 0 in a barebones trainer: nothing is logged
         if every and (self.global_step + 1) % every == 0:
             self.log_progress(loss.detach(), context)
-        return loss
+        return loss if self.second_head is None else loss + self.second_loss(features, targets)
 
     def seed_dropout(self, batch_idx: int) -> None:
         """Make the masks a function of (seed, micro-batch, rank): resuming needs no saved state."""
@@ -213,7 +237,7 @@ class GPTModule(LightningModule):
             return
         batch = batch.long()
         ids, targets = batch[:, :-1], batch[:, 1:]
-        self.mean_loss.update(self.loss(ids, targets), targets.numel())
+        self.mean_loss.update(self.loss(self.features(ids), targets), targets.numel())
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -244,7 +268,8 @@ class GPTModule(LightningModule):
         )
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2))
         optimizer = make_optimizer(
-            self.gpt,
+            list(self.parameters()),
+            self.gpt.blocks,
             adamw,
             c.weight_decay,
             muon if c.muon_lr is not None else None,
@@ -281,6 +306,11 @@ class GPTModule(LightningModule):
     def lr_factor(self) -> float:
         """Share of the highest learning rate at this step."""
         return self.config.lr_factor_at(self.global_step, self.progress)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-ln of the probability that logits (B, T, V) give to targets (B, T), its mean."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def refuse_tuners(trainer: Trainer) -> None:

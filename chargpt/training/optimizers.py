@@ -139,7 +139,8 @@ MUON_MATRICES = {
 
 
 def make_optimizer(
-    gpt: nn.Module,
+    parameters: list[nn.Parameter],
+    blocks: nn.ModuleList,
     adamw: dict[str, Any],
     weight_decay: float,
     muon: dict[str, Any] | None,
@@ -151,7 +152,8 @@ def make_optimizer(
     drawing them to zero would only take away what the norms set.
 
     Args:
-        gpt: the network.
+        parameters: all that learn.
+        blocks: those of the network.
         adamw: AdamW's learning rate and betas.
         weight_decay: AdamW's, on embeddings and matrices.
         muon: Muon's lr, weight_decay, momentum and iterations; None leaves all to AdamW.
@@ -160,13 +162,13 @@ def make_optimizer(
     Raises:
         ValueError: a block has a matrix of which MUON_MATRICES does not say how to take it.
     """
-    decayed = [p for p in gpt.parameters() if p.dim() > 1]
-    vectors = dict(params=[p for p in gpt.parameters() if p.dim() <= 1], weight_decay=0.0)
+    decayed = [p for p in parameters if p.dim() > 1]
+    vectors = dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)
     if muon is None:
         groups = [dict(params=decayed, weight_decay=weight_decay), vectors]
         return torch.optim.AdamW(groups, fused=fused, **adamw)
     hidden: dict[int, list[Tensor]] = {}  # by the number of matrices in each
-    for block in gpt.blocks:
+    for block in blocks:
         for name, parameter in block.named_parameters():
             if parameter.dim() > 1:
                 if name not in MUON_MATRICES:

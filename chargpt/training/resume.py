@@ -52,6 +52,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         restart_after_last_step(checkpoint, trainer)
+        follow_moved_run(checkpoint["callbacks"].get(self.best.state_key), self.best.dirpath)
         self.validated_step = checkpoint["validated_step"]
 
     # ---- stopping ----
@@ -137,6 +138,23 @@ class LastCheckpoint(Checkpoint):
     @property
     def path(self) -> Path:
         return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")
+
+
+def follow_moved_run(state: dict[str, Any] | None, folder: str) -> None:
+    """Let ModelCheckpoint find its files again where a run was moved or renamed.
+
+    It keeps their absolute paths, and forgets the best score where its folder is another one.
+    """
+
+    def moved(path: str) -> str:
+        return str(Path(folder, Path(path).name)) if path else path
+
+    if state is None or not Path(moved(state["best_model_path"])).is_file():
+        return  # it has no best one yet, or this is a new run
+    state["dirpath"] = folder
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state[name])
+    state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
 
 
 def restart_after_last_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:

@@ -13,7 +13,8 @@ class TypedTrainer(Trainer):
     parsed as 1.0. What is declared with | is no matter of who came first.
 
     Args:
-        limit_train_batches: Batches of an epoch to train on; a fraction is a share of them.
+        limit_train_batches: Batches of an epoch to train on. The text is read without end, so an
+            epoch goes on where the one before it has stopped.
         limit_val_batches: Batches to validate on: 1 is one, 0.5 half of them, 1.0 all.
         limit_test_batches: Batches to test on, in the same way.
     """
@@ -26,6 +27,8 @@ class TypedTrainer(Trainer):
         limit_test_batches: int | float | None = None,
         **settings: Any,
     ) -> None:
+        if limit_train_batches is not None:  # a new loader begins at the step that comes next
+            settings["reload_dataloaders_every_n_epochs"] = 1
         super().__init__(
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,

@@ -1,0 +1,145 @@
+"""The measured results of the lesson's exercises (chargpt/README.md): change, train, compare.
+
+    python tests/benchmarks/exercises.py path/to/input.txt           # ten to fifteen minutes, two cores
+    python tests/benchmarks/exercises.py path/to/input.txt --only 4 5
+
+Exercises 2 and 8 are rungs of ladder.py; 10 is measured by generate.py.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from ladder import whole_split_loss
+from torch import Tensor
+
+from chargpt import textbook
+from chargpt.textbook import BigramLangModel, Head
+
+
+def train(text: str, **sizes: float) -> float:
+    """The small textbook, from the first weights to the last step; its whole-split loss."""
+    torch.manual_seed(1337)
+    textbook.prepare(text, **textbook.SMALL | sizes)
+    textbook.train()
+    return whole_split_loss(textbook.model, textbook.data["val"])
+
+
+def temperature(text: str, model: BigramLangModel) -> None:
+    known = set(re.findall(r"[A-Za-z']+", text[: len(textbook.data["train"])]))
+    weight, bias = model.head.weight.clone(), model.head.bias.clone()
+    for value in (0.5, 1.0, 1.5):
+        with torch.no_grad():  # logits / temperature
+            model.head.weight.copy_(weight / value)
+            model.head.bias.copy_(bias / value)
+        torch.manual_seed(1)
+        ids = model.generate(torch.zeros(16, 1, dtype=torch.long), 500)
+        words = re.findall(r"[A-Za-z']+", "\n".join(textbook.decode(row.tolist()) for row in ids))
+        share = sum(word in known for word in words) / len(words)
+        print(f"1. temperature {value}: {share:.0%} of {len(words)} words are in the training text")
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+
+
+def without_root(head: Head, x: Tensor) -> Tensor:
+    q, k = head.query(x), head.key(x)
+    future = torch.ones(x.size(1), x.size(1)).triu(diagonal=1).bool()
+    return (q @ k.transpose(1, 2)).masked_fill(future, -math.inf).softmax(dim=-1)
+
+
+def without_mask(head: Head, x: Tensor) -> Tensor:
+    q, k = head.query(x), head.key(x)
+    return (q @ k.transpose(1, 2) / math.sqrt(q.size(-1))).softmax(dim=-1)
+
+
+def rotary(head: Head, x: Tensor) -> Tensor:
+    T = x.size(1)
+
+    def rotate(x: Tensor) -> Tensor:
+        D = x.size(-1)
+        angle = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)
+        a, b = x[..., ::2], x[..., 1::2]
+        pairs = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
+        return torch.stack(pairs, dim=-1).flatten(-2)
+
+    q, k = rotate(head.query(x)), rotate(head.key(x))
+    future = torch.ones(T, T).triu(diagonal=1).bool()
+    scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+
+def without_positions(model: BigramLangModel, idx: Tensor, targets: Tensor | None = None):
+    logits = model.head(model.norm(model.blocks(model.token_embedding(idx))))
+    if targets is None:
+        return logits, None
+    return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def by_position(model: BigramLangModel) -> None:
+    val, T = textbook.data["val"], model.block_size
+    whole = (len(val) - 1) // T * T
+    x, y = val[:whole].view(-1, T), val[1 : whole + 1].view(-1, T)
+    losses = torch.cat(
+        [
+            F.cross_entropy(model(a)[0].transpose(1, 2), b, reduction="none")
+            for a, b in zip(x.split(128), y.split(128))
+        ]
+    ).mean(0)
+    some = ", ".join(f"{n}: {losses[n - 1]:.2f}" for n in (1, 2, 4, 8, 16, 32))
+    print(f"6. loss at position {some}; second half {losses[T // 2 :].mean():.2f}")
+
+
+@torch.no_grad()
+def without_each_head(model: BigramLangModel) -> None:
+    print(f"7. all heads: {whole_split_loss(model, textbook.data['val']):.3f}")
+    for number, block in enumerate(model.blocks, start=1):
+        weight, n_head = block.attention.projection.weight, len(block.attention.heads)
+        kept, D = weight.clone(), weight.size(1) // n_head
+        for head in range(n_head):
+            weight[:, head * D : (head + 1) * D] = 0
+            loss = whole_split_loss(model, textbook.data["val"])
+            print(f"7. without head {head + 1} of block {number}: {loss:.3f}")
+            weight.copy_(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--only", nargs="+", type=int, default=[1, 3, 4, 5, 6, 7, 9])
+    options = parser.parse_args()
+    text, only = textbook.read_text(options.text), options.only
+    changes = {
+        3: ("a tenth of the learning rate", Head.weights, {"lr": textbook.SMALL["lr"] / 10}),
+        4: ("no square root", without_root, {}),
+        5: ("no mask", without_mask, {}),
+        9: ("rotary positions", rotary, {}),
+    }
+    if {1, 6, 7} & set(only):
+        print(f"the untouched textbook: {train(text):.3f}")
+        model = textbook.model.eval()
+        for number, measure in ((1, lambda m: temperature(text, m)), (6, by_position)):
+            if number in only:
+                measure(model)
+        if 7 in only:
+            without_each_head(model)
+    for number in sorted(changes.keys() & set(only)):
+        name, weights, sizes = changes[number]
+        forward = without_positions if number == 9 else BigramLangModel.forward
+        with (
+            patch.object(Head, "weights", weights),
+            patch.object(BigramLangModel, "forward", forward),
+        ):
+            print(f"{number}. {name}: {train(text, **sizes):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

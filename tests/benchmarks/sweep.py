@@ -1,0 +1,61 @@
+"""A sweep: short runs over learning rates (or whatever else you name), and a table, best first.
+
+    python tests/benchmarks/sweep.py --config cpu --steps 100
+    python tests/benchmarks/sweep.py --config cpu --steps 100 --set model.lr=3e-3,6e-3 model.n_layer=2,3
+
+All combinations are run, one after the other: two settings of a few values each are all that a
+person changes at a time, and a run of few steps already orders learning rates. Each is a
+`python -m chargpt fit` of its own, in a temporary folder, with the same seed and so the same batches.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def val_loss(config: str, steps: int, flags: list[str]) -> float:
+    """Train in a process of its own, so that a run which diverges ends nothing but itself."""
+    if Path(config).is_file():
+        config = str(Path(config).resolve())
+    fit = [sys.executable, "-m", "chargpt", "fit", f"--config={config}", *flags]
+    fit += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(fit, cwd=folder, capture_output=True, text=True)
+    found = re.search(r"best validation loss (\S+):", run.stdout + run.stderr)
+    if not found:
+        print(run.stderr.strip().splitlines()[-1], file=sys.stderr)
+    return float(found[1]) if found else math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="cpu")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--set", nargs="+", default=["model.lr=1.5e-3,3e-3,6e-3,1.2e-2"])
+    options = parser.parse_args()
+
+    choices = [
+        (name, values.split(",")) for name, _, values in (s.partition("=") for s in options.set)
+    ]
+    names = [name for name, _ in choices]
+    results = []
+    for values in itertools.product(*(values for _, values in choices)):
+        flags = [f"--{name}={value}" for name, value in zip(names, values)]
+        results.append((val_loss(options.config, options.steps, flags), values))
+        print(*values, f"{results[-1][0]:.4f}", sep="\t", file=sys.stderr, flush=True)
+
+    print(f"| {' | '.join(names)} | validation loss after {options.steps} steps |")
+    print("|---" * (len(names) + 1) + "|")
+    for loss, values in sorted(results):
+        print(f"| {' | '.join(values)} | {loss:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
