@@ -208,6 +208,7 @@ def generate(
         window = list(prompt[-window_length(len(prompt), block_size, config.exact_window) :])
         texts.append(SequenceState(row, samples[row] if samples else 0, len(prompt), window))
     network = inference_copy(gpt)
+    # All but the newest character of each window; the loop below reads that one.
     cache = KVCache(gpt, len(texts), end=max(len(text.window) for text in texts) - 1)
     prefill(network, cache, texts, range(len(texts)))
     for left in reversed(range(config.max_new_chars)):
@@ -233,7 +234,7 @@ def generate(
 def prefill(
     network: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequence[int]
 ) -> None:
-    """Prefill: read the windows of these rows, all but the newest character: the next input.
+    """Prefill: read the windows of these rows but for the newest character, the next step's input.
 
     Windows of one length are one batch, and those that are the same are read once.
     """

@@ -222,8 +222,8 @@ class KVCache:
 
         Returns:
             positions: of the new characters in their texts, (T,), or (B, T) where they differ.
-            mask: true where a new character may look, (1, 1, T, S) or (B, 1, T, S); None for one
-                new character that sees all, or T that begin their texts.
+            mask: true where a new character may look, (1, 1, T, S) or (B, 1, T, S); None where
+                nothing but later characters is hidden: one new character, or an empty cache.
             layers: the cache of each layer.
         """
         if self.end + T > self.memory.size(-2):
@@ -239,7 +239,9 @@ class KVCache:
             mask = mask & (places >= padding)[:, None, None]  # (B, 1, T, S)
             positions = positions - padding  # (B, T)
         self.end += T
-        layers = self.memory[..., first : self.end, :].flatten(0, 1).unbind()
+        layers = (
+            self.memory[..., first : self.end, :].flatten(0, 1).unbind()
+        )  # keys, values, keys, ...
         return positions, mask, [LayerCache(*pair) for pair in zip(layers[::2], layers[1::2])]
 
     def move_to_front(self) -> None:
@@ -370,8 +372,9 @@ class Block(nn.Module):
 class NgramEmbedding(nn.Module):
     """Hashed n-gram embeddings: the last n characters have a vector of their own, (B, T, C).
 
-    What a few letters make likely is looked up, and need not be worked out by attention
-    (hash embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
+    What a few letters make likely is looked up, and need not be worked out by attention. There are
+    more n-grams than rows: each is sent to a row by a hash of its ids, and some share one (hash
+    embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
     """
 
     FACTORS = (36313, 27191, 51749, 43987, 60493)  # spread neighboring ids over the table
@@ -384,7 +387,7 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(sum(self.ngrams.values()), config.n_embd)
 
     def forward(self, ids: Tensor, preceding: Tensor) -> Tensor:
-        """From ids (B, T) and those that stand before them, (B, n - 1); 0 where none do."""
+        """From ids (B, T) and those before them, (B, largest n - 1), 0 where there are none."""
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
         T, whole = ids.size(1), torch.cat((preceding, ids), dim=1)  # (B, n - 1 + T)
         at, first = preceding.size(1), 0
@@ -392,7 +395,7 @@ class NgramEmbedding(nn.Module):
         for n, rows in self.ngrams.items():
             factors = self.FACTORS[:n]
             hashed = sum(f * whole[:, at - i : at - i + T] for i, f in enumerate(factors))
-            lookups.append(first + hashed % rows)
+            lookups.append(first + hashed % rows)  # (B, T)
             first += rows
         vectors = self.table(torch.stack(lookups, dim=-1))  # (B, T, tables, C)
         if self.training and self.dropout:

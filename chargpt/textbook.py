@@ -47,6 +47,7 @@ SMALL = dict(
 stoi: dict[str, int] = {}  # character to id
 itos: dict[int, str] = {}  # id to character
 data: dict[str, Tensor] = {}  # "train": ids of nine tenths of the text; "val": of the rest
+model: "BigramLangModel"  # the network below
 
 
 def encode(text: str) -> list[int]:
@@ -112,11 +113,11 @@ class Head(nn.Module):
         # A dot product adds D products, so it spreads like sqrt(D) for vectors of ordinary numbers.
         # Divided by that it stays around 1. Else softmax would give nearly all weight to a single
         # position from the start, and where softmax is that sure no gradient comes through.
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))  # (B, T, T)
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))  # (B, T, D) @ (B, D, T) -> (B, T, T)
         # The causal mask: no position sees a later one. In training all T questions of a row are
         # answered in one pass, and the answer to each stands one place to its right: unmasked, the
         # network would copy it and learn nothing. In writing the future does not exist yet.
-        future = torch.ones(T, T, device=x.device).triu(diagonal=1).bool()
+        future = torch.ones(T, T, device=x.device).triu(diagonal=1).bool()  # above the diagonal
         scores = scores.masked_fill(future, -math.inf)  # e to the minus infinity is 0
         return scores.softmax(dim=-1)  # e^score / sum of e^score: positive, together 1
 
@@ -235,7 +236,7 @@ class BigramLangModel(nn.Module):
         logits = self.head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T,)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
@@ -248,7 +249,8 @@ class BigramLangModel(nn.Module):
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size :])
             probabilities = logits[:, -1].softmax(dim=-1)  # of the last position, (B, V)
-            idx = torch.cat((idx, torch.multinomial(probabilities, num_samples=1)), dim=1)
+            drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, drawn), dim=1)
         return idx
 
 
@@ -258,7 +260,7 @@ class BigramLangModel(nn.Module):
 def prepare(text: str, **sizes: float) -> None:
     """Set what a script would set at its top: other sizes, vocabulary, data, model."""
     global stoi, itos, data, model
-    globals().update(sizes)
+    globals().update(sizes)  # as if the numbers at the top had been others
     needed = 10 * (block_size + 1)  # so that a tenth holds one context and its targets
     if len(text) < needed:
         sys.exit(f"the text has {len(text):,} characters; at this size it needs {needed:,}")
@@ -323,7 +325,7 @@ def main() -> None:
         return walk(text)
     prepare(text, **(SMALL if options.small else {}))
     V, parameters = len(itos), sum(parameter.numel() for parameter in model.parameters())
-    ends = "1.8 in two minutes" if options.small else "1.5 in many hours, or minutes on a GPU"
+    ends = "1.8 in two minutes" if options.small else "1.5 after many hours, or minutes on a GPU"
     print(f"{len(text):,} characters, {V} different: a guess costs ln {V} = {math.log(V):.2f} nats")
     print(f"{parameters:,} parameters, {epochs:,} steps of {batch_size} x {block_size} characters")
     print(f"what to expect: tiny Shakespeare begins at 4.17 and ends near {ends}")

@@ -59,7 +59,7 @@ def show_ids(line: str, V: int) -> None:
     print(f'\ninput    "{line[:-1]}"\ntargets  "{line[1:]}": the same, one character later')
     for t in range(1, 5):
         print(f'  after "{line[:t]}" comes "{line[t]}"')
-    print("  and so on: one line asks as many questions as it has characters")
+    print("  and so on: a line asks one question fewer than it has characters")
 
 
 def heads_at_work(model: BigramLangModel, idx: Tensor) -> Iterator[tuple[str, Head, Tensor]]:

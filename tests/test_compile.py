@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 LAPTOP = MUON | dict(
     position="rotary", norm="plain", bias=False, activation="relu2", zero_init=True
 )
+CPU = MUON | dict(position="rotary", norm="plain", ngrams={2: 9, 4: 30}, second_target=0.5)
 
 
 class Losses(Callback):
@@ -35,7 +36,7 @@ def train(folder, model, ckpt_path=None, **settings):
     return losses.seen, read_checkpoint(last(folder))
 
 
-@pytest.mark.parametrize("model", [{}, LAPTOP], ids=["textbook", "laptop"])
+@pytest.mark.parametrize("model", [{}, LAPTOP, CPU], ids=["textbook", "laptop", "cpu"])
 def test_compiled_training_is_uncompiled_training(tmp_path, model):
     for name in ("plain", "compiled", "parts", "mixed"):
         (tmp_path / name).mkdir()

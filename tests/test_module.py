@@ -192,7 +192,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     blocks = torch.cat([batch for _, batch in zip(range(4), data.train_dataloader())]).long()
     fresh = make_module(**model)
     fresh.build(data.vocabulary)
-    fresh.loss(fresh.features(blocks[:, :-1]), blocks[:, 1:]).backward()
+    fresh.loss(fresh.gpt.features(blocks[:, :-1]), blocks[:, 1:]).backward()
     for accumulated, p in zip(gradients[0], fresh.parameters()):
         torch.testing.assert_close(accumulated, p.grad, rtol=1e-4, atol=1e-7)
 
@@ -206,7 +206,7 @@ def test_the_second_target_is_the_character_after_the_next():
     torch.nn.init.normal_(module.second_head.weight)
     ids = torch.randint(6, (3, 9), generator=torch.Generator().manual_seed(0))
     module.progress = 0.25  # half of its weight is left
-    features = module.features(ids[:, :-1])
+    features = module.gpt.features(ids[:, :-1])
     log_p = (features @ module.second_head.weight.T).log_softmax(-1)
     expected = -torch.stack([log_p[b, t, ids[b, t + 2]] for b in range(3) for t in range(7)]).mean()
     assert module.second_loss(features, ids[:, 1:]).item() == pytest.approx(0.25 * expected.item())

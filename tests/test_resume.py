@@ -55,12 +55,15 @@ class Scores(Callback):
         )
 
 
-def run(folder, *callbacks, ckpt_path=None, model=None, **settings):
+def run(folder, *callbacks, ckpt_path=None, model=None, data=None, **settings):
     """Train in `folder`; what was scored, and the checkpoint at the end."""
     scores = Scores()
     trainer = make_trainer(folder, scores, *callbacks, **settings)
     trainer.fit(
-        make_module(**model or {}), make_data(folder), ckpt_path=ckpt_path, weights_only=True
+        make_module(**model or {}),
+        make_data(folder, **data or {}),
+        ckpt_path=ckpt_path,
+        weights_only=True,
     )
     return scores.seen, read_checkpoint(last(folder))
 
@@ -136,6 +139,29 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, recipe, hook, nth, by, left):
         assert read_checkpoint(last(tmp_path))["global_step"] >= stop.step
     rest = train(tmp_path, ckpt_path=last(tmp_path))
     assert_same_end(whole, rest)
+    assert len(rest[0]) == left
+
+
+# What depends on how much of the run is over, so that a run of more steps is another run.
+CPU = dict(
+    model=MUON
+    | dict(ngrams={2: 9, 4: 30}, ngram_dropout=0.3, second_target=0.5, schedule="linear")
+    | dict(position="rotary", norm="plain", bias=False, short_contexts={4: 0.5}, dropout=0.0),
+    data=dict(order="epochs", batch_size=20),  # in 12 steps, more than an epoch
+)
+
+
+@pytest.fixture(scope="module")
+def whole_cpu(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"), **CPU)
+
+
+@pytest.mark.parametrize("hook, nth, by, left", INTERRUPTIONS[1:3] + INTERRUPTIONS[6:])
+def test_the_recipe_of_cpu_yaml_goes_on_exactly(tmp_path, whole_cpu, hook, nth, by, left):
+    with suppress(Killed, SystemExit):
+        run(tmp_path, StopAt(hook, nth, by), **CPU)
+    rest = run(tmp_path, ckpt_path=last(tmp_path), **CPU)
+    assert_same_end(whole_cpu, rest)
     assert len(rest[0]) == left
 
 

@@ -17,6 +17,7 @@ set_parsing_settings(
     import_path_allowlist=["chargpt", "lightning", "pytorch_lightning", "torch", "torchmetrics"],
 )
 
+DEEPEST = 20  # collections in collections of a configuration file
 UNION = "Does not validate against any of the Union"
 UNKNOWN = re.compile(
     r"unrecognized arguments: (\S+)"
@@ -42,10 +43,17 @@ def find_config(name: str) -> str:
 
 def read_config(name: str) -> str:
     """The text of a configuration file: YAML, without aliases, which can grow endlessly."""
+    problem, depth = "", 0
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8")
-        is_mapping = isinstance(yaml.safe_load(text), dict)
-        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        for event in yaml.parse(text):  # before anything is built of it
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                problem = "has aliases" if depth <= DEEPEST else "is nested too deeply"
+                break
+        if not problem and not isinstance(yaml.safe_load(text), dict):
+            problem = "holds no settings"
     except FileNotFoundError:
         known = ", ".join(shipped_configs())
         fail(f"{name}: there is no such configuration file; shipped ones: {known}", status=2)
@@ -53,14 +61,11 @@ def read_config(name: str) -> str:
         fail(f"{name}: is a folder, not a configuration file", status=2)
     except yaml.YAMLError as error:
         fail(f"{name}: {' '.join(str(error).split())}", status=2)
-    except RecursionError:
-        fail(f"{name}: is nested too deeply", status=2)
     except UnicodeDecodeError:
         fail(f"{name}: is not UTF-8 text", status=2)
     except (OSError, ValueError) as error:  # a null character in the name is a ValueError
         fail(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", status=2)
-    if aliases or not is_mapping:
-        problem = "has aliases" if aliases else "holds no settings"
+    if problem:
         fail(f"{name}: {problem}; it must hold plain settings, as name: value", status=2)
     return text
 

@@ -298,7 +298,7 @@ def point(logger: Namespace, run: Path) -> None:
     """Let a logger of files that names no folder write into the folder of the run."""
     settings = logger.init_args
     if logger.class_path.rpartition(".")[2] in FILE_LOGGERS and settings.save_dir == HERE:
-        settings.update(save_dir=str(run.parent), name="", version=run.name)
+        settings.save_dir, settings.name, settings.version = str(run.parent), "", run.name
         metrics = run / "metrics.csv"
         if metrics.exists():  # CSVLogger begins anew, and would delete what is there
             metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))

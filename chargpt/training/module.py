@@ -141,9 +141,7 @@ class GPTModule(LightningModule):
                 self.second_head = nn.Linear(self.config.n_embd, len(vocabulary), bias=False)
                 nn.init.zeros_(self.second_head.weight)
         self.vocabulary = vocabulary
-        self.features = self.gpt.features
-        if self.config.compile:
-            self.features = torch.compile(self.features)
+        self.features = torch.compile(GPT.features) if self.config.compile else GPT.features
 
     def configure_model(self) -> None:
         try:
@@ -200,9 +198,8 @@ class GPTModule(LightningModule):
         context = self.config.context_at(self.progress)
         # A sequence of T characters is T / context sequences of fewer.
         ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
-        if self.config.dropout or self.config.attention_dropout:
-            self.seed_dropout(batch_idx)
-        features = self.features(ids)
+        self.seed_dropout(batch_idx)
+        features = self.features(self.gpt, ids)
         loss = self.loss(features, targets)
         every = self.trainer.log_every_n_steps  # 0 in a barebones trainer: nothing is logged
         if every and (self.global_step + 1) % every == 0:
@@ -237,7 +234,7 @@ class GPTModule(LightningModule):
             return
         batch = batch.long()
         ids, targets = batch[:, :-1], batch[:, 1:]
-        self.mean_loss.update(self.loss(self.features(ids), targets), targets.numel())
+        self.mean_loss.update(self.loss(self.features(self.gpt, ids), targets), targets.numel())
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -208,7 +208,9 @@ def engine(path: Path, seed: int) -> Result:
         run("fit", f"--config={CPU}", f"--data.corpus={path}", f"--seed_everything={seed}")
         seconds = time.perf_counter() - start
         loss = float(re.search(r"val_loss\D+(\d+\.\d+)", run("validate")).group(1))
-        text = run("predict", "--generate.prompt=\n", f"--generate.seed={seed}")
+        text = run(
+            "predict", "--generate.prompt=\n", "--generate.temperature=1", f"--generate.seed={seed}"
+        )
         (checkpoint,) = Path(folder).glob("lightning_logs/*/checkpoints/last.ckpt")
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     return Result(

@@ -8,6 +8,11 @@ the two checkpoints written then: their time is shared among the steps between t
 
     python tests/benchmarks/overhead.py --config configs/cpu.yaml --steps 300
     python tests/benchmarks/overhead.py --config configs/base.yaml --steps 12
+
+Several ranks are compared with plain DistributedDataParallel, in the first of them:
+
+    python tests/benchmarks/overhead.py --steps 100 -- --trainer.accelerator cpu --trainer.strategy ddp \\
+        --trainer.devices 2 --data.batch_size 16 --trainer.max_time 00:01:00:00
 """
 
 import argparse
@@ -18,7 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch.distributed
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from chargpt.cli.train import TrainingCLI
 from chargpt.data import CharDataModule
@@ -42,8 +49,11 @@ class PlainLoop:
         module.build(data.vocabulary)
         self.optimizer = module.configure_optimizers()
         self.gpt, module.gpt = module.gpt, trained
-        h = data.hparams
-        self.batches = iter(RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed))
+        if torch.distributed.is_initialized():
+            self.gpt = DistributedDataParallel(self.gpt)
+        h, place = data.hparams, data.rank_and_world_size
+        blocks = RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed, *place)
+        self.batches = iter(blocks)
 
     def step(self) -> None:
         batch = next(self.batches).long()
@@ -99,6 +109,7 @@ def main() -> None:
                 "--trainer.max_time=null",
                 "--model.schedule=constant",
                 "--model.short_contexts=null",
+                "--model.second_target=0",
                 *options.flags,
             ],
         )
@@ -107,12 +118,9 @@ def main() -> None:
         checkpoint_s = statistics.median(
             seconds(lambda: cli.trainer.save_checkpoint(checkpoint)) for _ in range(5)
         )
-    report(
-        trainer_s[WARM_UP_STEPS:],
-        plain_s[WARM_UP_STEPS:-1],
-        checkpoint_s,
-        cli.trainer.val_check_interval,
-    )
+    if cli.trainer.is_global_zero:
+        times = trainer_s[WARM_UP_STEPS:], plain_s[WARM_UP_STEPS:-1]
+        report(*times, checkpoint_s, cli.trainer.val_check_interval)
 
 
 def report(
