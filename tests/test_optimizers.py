@@ -49,7 +49,7 @@ def test_orthogonalize_of_nothing_is_nothing():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_part_is_torchs_adamw(weight_decay):
     ours, theirs = parameters((6, 4), (5,)), parameters((6, 4), (5,))
-    settings = dict(lr=1e-2, betas=(0.8, 0.97), weight_decay=weight_decay)
+    settings = dict(lr=1e-2, betas=(0.8, 0.97), eps=1e-3, weight_decay=weight_decay)
     mine, reference = (
         MuonAdamW([dict(params=ours, **settings)]),
         torch.optim.AdamW(theirs, **settings),

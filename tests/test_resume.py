@@ -156,7 +156,7 @@ def whole_cpu(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole"), **CPU)
 
 
-@pytest.mark.parametrize("hook, nth, by, left", INTERRUPTIONS[1:3] + INTERRUPTIONS[6:])
+@pytest.mark.parametrize("hook, nth, by, left", INTERRUPTIONS[1:3] + INTERRUPTIONS[6:7])
 def test_the_recipe_of_cpu_yaml_goes_on_exactly(tmp_path, whole_cpu, hook, nth, by, left):
     with suppress(Killed, SystemExit):
         run(tmp_path, StopAt(hook, nth, by), **CPU)

@@ -32,6 +32,8 @@ class TrainingConfig(GPTConfig):
     """AdamW's decay of the running mean of gradients."""
     beta2: float = 0.999
     """AdamW's decay of the running mean of squared gradients."""
+    eps: float = 1e-8
+    """AdamW's: weights with smaller gradients move less, rows of seldom seen n-grams for one."""
     weight_decay: float = 0.01
     """AdamW's, on embeddings and matrices only."""
     muon_lr: float | None = None
@@ -73,7 +75,7 @@ class TrainingConfig(GPTConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
                 )
-        not_negative = "warmup_steps weight_decay muon_weight_decay min_lr_ratio second_target"
+        not_negative = "eps warmup_steps weight_decay muon_weight_decay min_lr_ratio second_target"
         for name in not_negative.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
@@ -263,7 +265,7 @@ class GPTModule(LightningModule):
             momentum=c.muon_momentum,
             iterations=c.muon_iterations,
         )
-        adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2))
+        adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
         optimizer = make_optimizer(
             list(self.parameters()),
             self.gpt.blocks,

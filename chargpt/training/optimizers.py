@@ -50,7 +50,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups. Of each: `lr` and `weight_decay` (decoupled); for Muon
             `momentum`, `iterations` and `parts`, the number of matrices that stand one above the
-            other in each parameter (3 where query, key and value are fused); for AdamW `betas`.
+            other in each parameter (3 where query, key and value are fused); for AdamW `betas` and
+            `eps`.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -59,6 +60,7 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=0.0,
             muon=False,
             betas=(0.9, 0.95),
+            eps=1e-8,
             momentum=0.95,
             iterations=4,
             parts=1,
@@ -122,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
             beta2=beta2,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            eps=1e-8,
+            eps=group["eps"],
             maximize=False,
         )
 
@@ -154,7 +156,7 @@ def make_optimizer(
     Args:
         parameters: all that learn.
         blocks: those of the network.
-        adamw: AdamW's learning rate and betas.
+        adamw: AdamW's learning rate, betas and eps.
         weight_decay: AdamW's, on embeddings and matrices.
         muon: Muon's lr, weight_decay, momentum and iterations; None leaves all to AdamW.
         fused: whether AdamW may use its fused kernel.

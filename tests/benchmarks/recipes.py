@@ -116,12 +116,16 @@ def seconds_to(loss: float, run: dict[str, Any]) -> float | None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    runs = []
     reference_config = options.reference
-    for config in [reference_config, *options.configs]:
-        mine = [run(config, seed, options.flags) for seed in range(1, options.seeds + 1)]
-        show(config.stem, mine)
-        runs += mine
+    configs = [reference_config, *options.configs]
+    # In turns, since the speed of a machine wanders.
+    runs = [
+        run(config, seed, options.flags)
+        for seed in range(1, options.seeds + 1)
+        for config in configs
+    ]
+    for config in configs:
+        show(config.stem, [r for r in runs if r["config"] == config.stem])
     reference = [r for r in runs if r["config"] == reference_config.stem]
     target = statistics.mean(r["val_loss"] for r in reference)
     whole = statistics.median(r["training_s"] for r in reference)
