@@ -131,12 +131,12 @@ class KVCache {
     this.layers = Array.from({ length: n_layer }, layer);
     this.logits = new Float32Array(block_size * gpt.vocab_size);
     this.length = 0;
-    this.newest_ids = [0, 0, 0, 0];
+    this.newest_ids = FACTORS.slice(1).fill(0); // as many as the longest n-gram looks back
   }
 
   preceding_ids(ids) {
     const preceding = this.newest_ids;
-    this.newest_ids = [...preceding, ...ids].slice(-4);
+    this.newest_ids = [...preceding, ...ids].slice(-preceding.length);
     return preceding;
   }
 }

@@ -14,6 +14,7 @@ import contextlib
 import io
 import itertools
 import os
+import pickle
 import random
 import sys
 import tempfile
@@ -39,7 +40,12 @@ TEXT = "The king walks in the garden; the queen sings.\n" * 40
 STRANGE = (
     "\0", "\u202e", "\u200f", "\ufeff", "e\u0301", "🙂", "👩‍👩‍👧", "\ud800", "\udfff", "\u2028", "\x1b[31m", "日本", "ß", "\r", "\t",
 )  # fmt: skip
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "import")
+BEGINNINGS = {
+    "fit": ["fit", "--config=tiny.yaml"],
+    "export": ["export", "--to=page", "--output=x.html"],
+    "import": ["import", "bad.pt", "--meta=bad.pkl"],
+}
 FLAGS = {  # each with values that it cannot have
     "fit": {
         "--model.n_embd": ["0", "-4", "7", "1.5", "1e3x", "null", "[]", "nan", "9" * 30],
@@ -101,6 +107,13 @@ FLAGS = {  # each with values that it cannot have
         "--ckpt_path": ["none.ckpt", "/", "a\0b", "text.txt"],
     },
 }
+FLAGS["export"] = {
+    "--to": ["pdf", "", "null"],
+    "--output": ["no/such/folder/x.html", "/", "tiny.yaml/x.html", "a" * 5000, "a\0b"],
+    "--export.dtype": ["int8", "x", "null"],
+    "--ckpt_path": FLAGS["predict"]["--ckpt_path"],
+}
+FLAGS["import"] = {"--meta": ["none.pkl", "/", "text.txt", "a\0b", ""]}
 FLAGS["validate"] = FLAGS["test"] = {
     "--ckpt_path": FLAGS["predict"]["--ckpt_path"],
     "--data.batch_size": ["0", "-3", "x"],
@@ -115,7 +128,7 @@ def strange(random: random.Random, n: int = 6) -> str:
 
 
 def beginning(random: random.Random, command: str) -> list[str]:
-    return ["fit", "--config=tiny.yaml"] if command == "fit" else [command]
+    return BEGINNINGS.get(command, [command])
 
 
 # Each makes one malformed command line, with the files that it needs, in the current folder.
@@ -169,7 +182,7 @@ def bad_value(random: random.Random) -> list[str]:
 
 def strange_value(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
-    flag = random.choice([flag for flag in FLAGS[command] if flag != "--generate.output"])
+    flag = random.choice([flag for flag in FLAGS[command] if "output" not in flag])
     return [*beginning(random, command), f"{flag}={strange(random)}"]
 
 
@@ -258,7 +271,52 @@ def bad_checkpoint(random: random.Random) -> list[str]:
         Path("bad.ckpt").write_bytes(content)
     else:
         damaged(random, torch.load("last.ckpt", weights_only=True))
-    return [random.choice(list(COMMANDS)), "--ckpt_path=bad.ckpt", "--trainer.max_steps=5"]
+    command = random.choice(list(COMMANDS[:-1]))
+    steps = ["--trainer.max_steps=5"] if command == "fit" else []
+    return [*beginning(random, command), "--ckpt_path=bad.ckpt", *steps]
+
+
+def bad_import(random: random.Random) -> list[str]:
+    """A checkpoint of nanoGPT and its characters, one of them damaged."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=3, dropout=0.0)
+    names = {
+        "transformer.wte.weight": (3, 8),
+        "transformer.wpe.weight": (8, 8),
+        "transformer.h.0.ln_1.weight": (8,),
+        "transformer.h.0.attn.c_attn.weight": (24, 8),
+        "transformer.h.0.attn.c_proj.weight": (8, 8),
+        "transformer.h.0.ln_2.weight": (8,),
+        "transformer.h.0.mlp.c_fc.weight": (32, 8),
+        "transformer.h.0.mlp.c_proj.weight": (8, 32),
+        "transformer.ln_f.weight": (8,),
+        "lm_head.weight": (3, 8),
+    }
+    weights = {name: torch.zeros(shape) for name, shape in names.items()}
+    checkpoint = dict(model=weights, model_args=sizes, config={}, iter_num=1, best_val_loss=2.0)
+    meta = dict(stoi=dict(zip("abc", range(3))), itos=dict(enumerate("abc")), vocab_size=3)
+    random.choice(
+        [
+            lambda: checkpoint.pop(random.choice(["model", "model_args"])),
+            lambda: weights.pop(random.choice(list(weights))),
+            lambda: weights.update({random.choice(list(weights)): torch.zeros(3)}),
+            lambda: sizes.pop(random.choice(["n_layer", "n_head", "n_embd", "block_size"])),
+            lambda: sizes.update(n_embd=random.choice([0, -1, 10, "x", None, 10**9])),
+            lambda: sizes.update(n_layer=random.choice([0, 2, 1.5, [], 10**9])),
+            lambda: checkpoint.update(model=random.choice([None, [], {}, 5])),
+            lambda: checkpoint.update(model_args=random.choice([None, [], {}, 5])),
+            lambda: meta.update(
+                itos=random.choice([None, [], {}, {0: "a"}, {0: 5, 1: "b", 2: "c"}])
+            ),
+            lambda: meta.pop("itos"),
+            lambda: meta.update(code=os.system),
+        ]
+    )()
+    torch.save(checkpoint, "bad.pt")
+    Path("bad.pkl").write_bytes(pickle.dumps(meta))
+    if random.random() < 0.2:
+        path = Path(random.choice(["bad.pt", "bad.pkl"]))
+        path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
+    return beginning(random, "import")
 
 
 def damaged(random: random.Random, checkpoint: dict) -> None:
@@ -285,6 +343,7 @@ def damaged(random: random.Random, checkpoint: dict) -> None:
 
 KINDS: list[Callable[[random.Random], list[str]]] = [
     bad_command, bad_flag, bad_value, strange_value, bad_config, bad_text, bad_prompt, bad_checkpoint,
+    bad_import,
 ]  # fmt: skip
 
 
@@ -307,7 +366,9 @@ def run(args: list[str]) -> tuple[int, str, str]:
 
 
 def files() -> set[str]:
-    return {str(path) for path in Path().rglob("*")} - {"bad.yaml", "bad.txt", "bad.ckpt"}
+    return {str(path) for path in Path().rglob("*")} - {
+        f"bad.{kind}" for kind in ("yaml", "txt", "ckpt", "pt", "pkl")
+    }
 
 
 def complaint(status: int, out: str, err: str, before: set[str]) -> str:
