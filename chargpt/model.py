@@ -391,7 +391,7 @@ class NgramEmbedding(nn.Module):
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
         T, whole = ids.size(1), torch.cat((preceding, ids), dim=1)  # (B, n - 1 + T)
         at, first = preceding.size(1), 0
-        lookups = []
+        lookups: list[Any] = []  # the row of each n-gram, a table after the other
         for n, rows in self.ngrams.items():
             factors = self.FACTORS[:n]
             hashed = sum(f * whole[:, at - i : at - i + T] for i, f in enumerate(factors))

@@ -96,7 +96,7 @@ def test_configurations_are_found_by_name_and_files_of_that_name_win(
     (tmp_path / "debug").write_text("model: {n_layer: 7}\n")
     assert find_config("debug") == "debug"
     assert "\n  n_layer: 7\n" in command(tmp_path, "fit", "--config=debug", "--print_config").out
-    assert "\n  n_layer: 3\n" in command(tmp_path, "fit", "-c", "cpu", "--print_config").out
+    assert "\n  n_layer: 2\n" in command(tmp_path, "fit", "-c", "cpu", "--print_config").out
 
 
 def test_help_and_the_error_list_the_configurations(tmp_path, command, monkeypatch):

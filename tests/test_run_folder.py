@@ -55,6 +55,7 @@ def test_a_killed_process_leaves_a_lock_that_blocks_nobody_and_its_half_written_
 @pytest.mark.parametrize("place", [f"{LOGS}/renamed", "elsewhere/renamed"])
 def test_a_run_that_was_moved_goes_on_in_its_folder_and_keeps_its_best(run, command, place):
     (score,) = best(run / RUN)
+    curves = len(list((run / RUN).glob("events.out*")))
     (run / place).parent.mkdir(exist_ok=True)
     (run / RUN).rename(run / place)
     # With a learning rate that spoils the network, no later score is the best.
@@ -66,7 +67,7 @@ def test_a_run_that_was_moved_goes_on_in_its_folder_and_keeps_its_best(run, comm
     assert best(run / place) == [run / place / "checkpoints" / score.name]
     assert f"{run / place / 'checkpoints' / score.name}" in result.err
     assert not list(run.glob(f"{LOGS}/version_*"))
-    assert len(list((run / place).glob("events.out*"))) == 2
+    assert len(list((run / place).glob("events.out*"))) > curves
 
 
 def test_only_the_configuration_of_a_run_is_read_and_it_is_said(run, command):

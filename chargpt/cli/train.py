@@ -291,7 +291,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         path = self.folder / self.config_filename
-        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
 
 def point(logger: Namespace, run: Path) -> None:

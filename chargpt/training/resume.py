@@ -140,7 +140,7 @@ class LastCheckpoint(Checkpoint):
         return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")
 
 
-def follow_moved_run(state: dict[str, Any] | None, folder: str) -> None:
+def follow_moved_run(state: dict[str, Any] | None, folder: str | Path) -> None:
     """Let ModelCheckpoint find its files again where a run was moved or renamed.
 
     It keeps their absolute paths, and forgets the best score where its folder is another one.
@@ -151,7 +151,7 @@ def follow_moved_run(state: dict[str, Any] | None, folder: str) -> None:
 
     if state is None or not Path(moved(state["best_model_path"])).is_file():
         return  # it has no best one yet, or this is a new run
-    state["dirpath"] = folder
+    state["dirpath"] = str(folder)
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
         state[name] = moved(state[name])
     state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
