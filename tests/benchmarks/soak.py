@@ -2,10 +2,11 @@
 
     python tests/benchmarks/soak.py --runs 10          # so many with one process, so many with two
 
-Each run trains in a folder of its own, is killed (all its processes at once) at a moment drawn
-between its first checkpoint and its end, and goes on with `--ckpt_path last`. What the kill left must be
-whole checkpoints, and the final weights and the optimizer's state must be, bit for bit, those of
-a run with as many processes that was never killed.
+Each run trains in a folder of its own, is killed (all its processes at once) in turn at any moment
+between its first checkpoint and its end, while it saves a checkpoint, and while it validates; then it
+goes on with `--ckpt_path last`. What the kill left must be whole checkpoints, the final weights and the
+optimizer's state must be, bit for bit, those of a run with as many processes that was never killed, and
+nothing half-written may be left at the end.
 """
 
 import argparse
@@ -54,6 +55,21 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
+def wait_for_moment(kind: str, folder: Path, moments: random.Random, seconds: float) -> None:
+    """Wait for the moment of the kill: a run of `seconds` has five validations, each with a save."""
+    end = time.monotonic() + 0.9 * seconds  # whatever happens, before the run is over
+    if kind == "any":
+        return time.sleep(moments.uniform(0, seconds))
+    last = next(folder.glob("lightning_logs/*/checkpoints/last.ckpt"))
+    for _ in range(moments.randint(1, 3)):
+        saved = last.stat().st_mtime_ns
+        while time.monotonic() < end:
+            if kind == "saving" and any(name.endswith(".tmp") for name in os.listdir(last.parent)):
+                break
+            if last.stat().st_mtime_ns != saved:  # it is saved, and then validates
+                break
+
+
 def finish(folder: Path, process: subprocess.Popen) -> dict:
     if process.wait():
         raise SystemExit(f"the run ended with {process.returncode}; see {folder / 'log.txt'}")
@@ -87,7 +103,7 @@ def main() -> None:
     root = args.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     failures = 0
     print(
-        f"working in {root}\nprocesses  run  killed after s  at step  checkpoints  same end",
+        f"working in {root}\nprocesses  run      killed  at step  checkpoints  half-written  same end",
         flush=True,
     )
     for world in (1, 2):
@@ -103,9 +119,11 @@ def main() -> None:
             folder.mkdir()
             process = start(folder, world)
             wait_for_checkpoint(folder, process)
-            time.sleep(delay := moments.uniform(0, seconds))
+            kind = ("any", "saving", "validating")[run % 3]
+            wait_for_moment(kind, folder, moments, seconds)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            half = len(list(folder.rglob("*.tmp")))
             left = [
                 read_checkpoint(path) for path in folder.glob("lightning_logs/*/checkpoints/*.ckpt")
             ]
@@ -114,10 +132,12 @@ def main() -> None:
             equal = all(
                 same(end[k], expected[k]) for k in ("global_step", "state_dict", "optimizer_states")
             )
-            one_folder = len(list(folder.glob("lightning_logs/version_*"))) == 1
-            failures += not (equal and one_folder)
+            equal &= len(list(folder.glob("lightning_logs/version_*"))) == 1
+            equal &= not list(folder.rglob("*.tmp"))
+            failures += not equal
             print(
-                f"{world:9} {run:4} {delay:15.2f} {step:8} {len(left):12}  {'yes' if equal else 'NO'}",
+                f"{world:9} {run:4}  {kind:>10} {step:8} {len(left):12} {half:13}  "
+                f"{'yes' if equal else 'NO'}",
                 flush=True,
             )
     print(f"{2 * args.runs - failures} of {2 * args.runs} runs went on to the same end")
