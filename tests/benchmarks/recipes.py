@@ -168,11 +168,14 @@ def plot(options: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    colours = {}
-    for run in json.loads(options.json.read_text()):
-        colour = colours.setdefault(run["config"], f"C{len(colours)}")
-        first = f"{run['config']} (loss {run['val_loss']:.3f})" if run["seed"] == 1 else None
-        axes.plot(*zip(*[(s, v) for _, s, v in run["curve"]]), color=colour, label=first, alpha=0.8)
+    runs = json.loads(options.json.read_text())
+    for number, config in enumerate(dict.fromkeys(run["config"] for run in runs)):
+        same = [run for run in runs if run["config"] == config]
+        mean = statistics.mean(run["val_loss"] for run in same)
+        for i, run in enumerate(same):
+            label = None if i else f"{config} ({mean:.3f}, mean of {len(same)})"
+            points = [(seconds, loss) for _, seconds, loss in run["curve"]]
+            axes.plot(*zip(*points), color=f"C{number}", label=label, alpha=0.8)
     axes.set(
         xlabel="seconds of training", ylabel="validation loss, nats per character", xscale="log"
     )
