@@ -1,7 +1,9 @@
 """Two processes over gloo do what one does with twice the batch, and stop together."""
 
+import os
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -84,6 +86,24 @@ def test_ranks_have_masks_of_their_own(tmp_path):
     settings = dict(model=dict(dropout=0.5, lr=1e-12, position="rotary"), data=dict(batch_size=1))
     first, second = train(tmp_path, max_steps=3, **settings, **TWO)
     assert len({*first["own"], *second["own"]}) == 6
+
+
+def test_ranks_agree_on_how_much_of_the_time_is_over(tmp_path, monkeypatch):
+    """Each has a clock of its own, the second rank's far ahead; all follow the first one's."""
+    seen = []
+
+    class Progress(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(module.progress)
+            torch.save(seen, tmp_path / f"progress{trainer.global_rank}.pt")
+
+    monotonic = time.monotonic
+    ahead = lambda: monotonic() * (50 if int(os.environ.get("LOCAL_RANK", 0)) else 1)
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time.monotonic", ahead)
+    train(tmp_path, Progress(), max_steps=-1, max_time=dict(seconds=4), **TWO)
+    first, second = (torch.load(tmp_path / f"progress{rank}.pt") for rank in (0, 1))
+    assert first == second == sorted(first)
+    assert 0 < len(set(first)) <= 8 and first[-1] <= 1
 
 
 @pytest.mark.parametrize("characters", [2, 9, 10, 18, 90, 149])

@@ -1,6 +1,7 @@
 """GPTModule: one training step, one validation step, the optimizer; and their settings."""
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -131,6 +132,8 @@ class GPTModule(LightningModule):
         # NaN counts: a loss that is no number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 0.0  # share of the run that is over
+        self.agreed_at, self.agreed_batches, self.batches_until_agreement = 0.0, 1, 0
+        self.agreed_share = 0.0  # of the time, as all ranks have it
 
     # ---- the network ----
 
@@ -193,7 +196,24 @@ class GPTModule(LightningModule):
         return weight * cross_entropy(self.second_head(features[:, :-1]), targets[:, 1:])
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self.progress = progress_of(self.trainer)
+        steps, limit = self.global_step, self.trainer.max_steps
+        self.progress = min(1.0, max(steps / limit if limit > 0 else 0.0, self.time_share()))
+
+    def time_share(self) -> float:
+        """Share of `trainer.max_time` that is over; 0 where there is none."""
+        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]
+        shares = [share_of(timer) for timer in timers if timer.time_remaining() is not None]
+        if self.trainer.world_size == 1 or not shares:
+            return max(shares, default=0.0)
+        # Clocks differ, and all ranks must do the same: what rank 0 says, about once a second.
+        if self.batches_until_agreement == 0:
+            now = time.monotonic()
+            batches = max(1, int(self.agreed_batches / max(now - self.agreed_at, 1e-3)))
+            ours = (max(shares), batches)
+            self.agreed_share, self.agreed_batches = self.trainer.strategy.broadcast(ours)
+            self.agreed_at, self.batches_until_agreement = now, self.agreed_batches
+        self.batches_until_agreement -= 1
+        return self.agreed_share
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         batch = batch.long()  # (B, T + 1), narrow integers until here
@@ -328,16 +348,9 @@ def refuse_tuners(trainer: Trainer) -> None:
             )
 
 
-def progress_of(trainer: Trainer) -> float:
-    """Share of a run that is over, by steps or by time, whichever is further; 0 to 1."""
-    share = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
-    for timer in trainer.callbacks:
-        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
-            elapsed = timer.time_elapsed()
-            share = max(share, elapsed / (elapsed + max(left, 0.0)))
-            if trainer.world_size > 1:  # clocks differ, and all ranks must do the same
-                share = trainer.strategy.broadcast(share)
-    return min(share, 1.0)
+def share_of(timer: Timer) -> float:
+    elapsed = timer.time_elapsed()
+    return elapsed / (elapsed + max(timer.time_remaining(), 0.0))
 
 
 def diverged(what: str, value: float, step: int) -> TrainingError:
