@@ -131,19 +131,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def upgrade(checkpoint: dict[str, Any]) -> None:
-    """Give what a checkpoint of version 0.1 holds its names of today."""
-    rename_ngrams(checkpoint["hyper_parameters"])
-    state = checkpoint["state_dict"]
-    if "gpt.trigram_embedding.table.weight" in state:
-        table = state.pop("gpt.trigram_embedding.table.weight")
-        state["gpt.ngram_embedding.table.weight"] = table
+    """Give what a checkpoint of version 0.1 holds its names of today, and what it lacks a value."""
+    settings = checkpoint["hyper_parameters"]
+    rename_ngrams(settings)
+    for name, value in dict(ngram_dropout=0.0, second_target=0.0, eps=1e-8).items():
+        settings.setdefault(name, value)
+    checkpoint.get("datamodule_hyper_parameters", {}).setdefault("order", "random")
+    for key in ("state_dict", "current_model_state"):  # the second where weights were averaged
+        state = checkpoint.get(key) or {}
+        if "gpt.trigram_embedding.table.weight" in state:
+            table = state.pop("gpt.trigram_embedding.table.weight")
+            state["gpt.ngram_embedding.table.weight"] = table
 
 
 def rename_ngrams(settings: dict[str, Any]) -> None:
     """Version 0.1 had n-gram embeddings of three characters alone."""
     if "trigram_rows" in settings:
         rows = settings.pop("trigram_rows")
-        settings["ngrams"] = None if rows == 0 else {3: rows}
+        settings["ngrams"] = None if type(rows) is int and rows == 0 else {3: rows}
 
 
 def config_of(hyper_parameters: dict[str, Any]) -> GPTConfig:
@@ -167,7 +172,7 @@ def network_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocab
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
             gpt = GPT(config, len(vocabulary))
         gpt.load_state_dict(weights)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} does not fit this version of chargpt: {str(error).splitlines()[0]}\n"
             "take another checkpoint, or train anew"

@@ -239,9 +239,8 @@ class KVCache:
             mask = mask & (places >= padding)[:, None, None]  # (B, 1, T, S)
             positions = positions - padding  # (B, T)
         self.end += T
-        layers = (
-            self.memory[..., first : self.end, :].flatten(0, 1).unbind()
-        )  # keys, values, keys, ...
+        # The keys of the first layer, its values, the keys of the second, and so on.
+        layers = self.memory[..., first : self.end, :].flatten(0, 1).unbind()
         return positions, mask, [LayerCache(*pair) for pair in zip(layers[::2], layers[1::2])]
 
     def move_to_front(self) -> None:

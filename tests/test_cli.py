@@ -333,6 +333,19 @@ def test_another_network_is_refused_with_a_reason(trained, command, name, settin
     assert "in the checkpoint" in result.err
 
 
+@pytest.mark.parametrize("name", ["fit", "validate"])
+def test_a_second_target_comes_and_goes_with_its_head(trained, command, name):
+    result = command(trained, name, "--ckpt_path=last", "--model.second_target=0.5")
+    assert (result.status, "lacks the weights of its head" in result.err) == (1, True)
+    assert "Traceback" not in result.err
+
+
+def test_a_run_that_counts_epochs_is_not_resumed(run, command):
+    flags = ["--trainer.max_epochs=9", "--trainer.limit_train_batches=2", "--trainer.max_steps=12"]
+    result = command(run, "fit", "--ckpt_path=last", *flags)
+    assert (result.status, "cannot be resumed exactly" in result.err) == (1, True)
+
+
 @pytest.mark.parametrize("name", [*TRAINING, "predict"])
 def test_help_explains_each_argument(name, command, tmp_path):
     result = command(tmp_path, name, "--help")
@@ -436,8 +449,8 @@ def test_the_summary_says_what_is_trained_on_what(folder, command):
 
 def test_a_step_of_several_batches_says_so(folder, command):
     flags = ("--trainer.fast_dev_run=true", "--trainer.accumulate_grad_batches=2")
-    assert "divided by 2" in command(folder, "fit", "--config=tiny.yaml", *flags).err
-    assert "divided by" not in command(folder, "fit", "--config=tiny.yaml", flags[0]).err
+    assert "keep this product of 8" in command(folder, "fit", "--config=tiny.yaml", *flags).err
+    assert "keep this product" not in command(folder, "fit", "--config=tiny.yaml", flags[0]).err
 
 
 def test_a_long_run_without_a_gpu_is_announced(folder, command, monkeypatch):
@@ -526,6 +539,7 @@ CONFIGS = {
     "bomb.yaml": "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijklmnopq", "bcdefghijklmnopqr")),
     "endless.yaml": "trainer: &a {callbacks: *a}\n",
     "deeper.yaml": "- " * 5000 + "x\n",
+    "tag.yaml": "a: !!bool x\n",
     "deep.yaml": "model: " + "[" * 1000 + "]" * 1000 + "\n",
 }  # fmt: skip
 
@@ -573,6 +587,7 @@ CONFIGS = {
         (["fit", "--config=callback.yaml"], 2, "Option 'moniter' is not accepted"),
         (["fit", "--config=bomb.yaml"], 2, "bomb.yaml: has aliases"),
         (["fit", "--config=endless.yaml"], 2, "endless.yaml: has aliases"),
+        (["fit", "--config=tag.yaml"], 2, "tag.yaml: holds a value that cannot be read"),
         (["fit", "--config=deep.yaml"], 2, "nested too deeply"),
         (["fit", "--config=deeper.yaml"], 2, "nested too deeply"),
         # the text

@@ -63,6 +63,8 @@ def read_config(name: str) -> str:
         fail(f"{name}: {' '.join(str(error).split())}", status=2)
     except UnicodeDecodeError:
         fail(f"{name}: is not UTF-8 text", status=2)
+    except (LookupError, AttributeError) as error:  # PyYAML's, for a value that is not of its tag
+        fail(f"{name}: holds a value that cannot be read: {error}", status=2)
     except (OSError, ValueError) as error:  # a null character in the name is a ValueError
         fail(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", status=2)
     if problem:

@@ -1,6 +1,7 @@
 """The folder of a run that trains: chosen, locked, and removed where nothing came of it."""
 
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from chargpt.checkpoints import new_run
 class RunFolder:
     """A folder `version_N` that belongs to this process while it trains.
 
-    The lock is the operating system's, so that a process which is killed leaves none behind; what
-    it left half-written is swept.
+    The lock is the operating system's, so that a process which is killed leaves none behind; the
+    checkpoints that it left half-written are swept.
 
     Args:
         logs: the folder of all runs, where a new one is made.
@@ -28,14 +29,19 @@ class RunFolder:
         self.path = resumed or new_run(logs)
         self.lock = FileLock(self.path / ".lock")
         try:
-            self.lock.acquire(blocking=False)
+            self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"another process is training in {self.path}\n"
                 "wait until it has ended, or start a run of its own, without --ckpt_path"
             ) from None
-        for half_written in self.path.rglob("*.tmp"):
-            half_written.unlink()
+        except OSError as error:
+            warnings.warn(
+                f"{self.path} cannot be locked ({error.strerror}): train there with one process",
+                stacklevel=2,
+            )
+        for half_written in self.path.glob("checkpoints/.*.tmp"):
+            half_written.unlink(missing_ok=True)
 
     def release(self, nothing_came: bool = False) -> None:
         """Let others train here; a new folder in which nothing came of the run is removed."""

@@ -277,9 +277,12 @@ class TrainingCLI(LightningCLI):
                 weights_only=True,  # no code from a checkpoint is run
                 **verbose,
             )
-        finally:
+        except BaseException:
             if self.folder:
                 self.folder.release(nothing_came=self.trainer.global_step == 0)
+            raise
+        if self.folder:
+            self.folder.release()
 
 
 class SaveConfig(SaveConfigCallback):
@@ -295,9 +298,11 @@ class SaveConfig(SaveConfigCallback):
 
 
 def point(logger: Namespace, run: Path) -> None:
-    """Let a logger of files that names no folder write into the folder of the run."""
+    """Let a logger of files that is told no place write into the folder of the run."""
     settings = logger.init_args
-    if logger.class_path.rpartition(".")[2] in FILE_LOGGERS and settings.save_dir == HERE:
+    if logger.class_path.rpartition(".")[2] not in FILE_LOGGERS:
+        return
+    if (settings.save_dir, settings.name, settings.version) == (HERE, checkpoints.LOGS, None):
         settings.save_dir, settings.name, settings.version = str(run.parent), "", run.name
         metrics = run / "metrics.csv"
         if metrics.exists():  # CSVLogger begins anew, and would delete what is there
@@ -372,14 +377,15 @@ def settings_of_run(checkpoint: Path) -> list[str]:
     saved = yaml.safe_load(read_config(str(run / checkpoints.CONFIG)))
     groups = ("trainer", "model", "data")  # version 0.1 also kept arguments of Trainer.fit
     settings = {name: saved[name] for name in groups if name in saved}
-    checkpoints.rename_ngrams(settings.get("model", {}))
+    if isinstance(settings.get("model"), dict):
+        checkpoints.rename_ngrams(settings["model"])
     return [yaml.safe_dump(settings)]
 
 
 def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
     """The weights of a checkpoint fit one network; what else was typed takes effect."""
     names = {field.name for field in fields(GPTConfig)} & saved.keys()
-    names -= {"dropout", "attention_dropout"}
+    names -= {"dropout", "attention_dropout", "ngram_dropout", "zero_init"}
     if config.model.position == "rotary":  # no weight depends on the length then
         names -= {"block_size"}
     for name in sorted(names):
@@ -389,6 +395,12 @@ def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
                 f"{name} is {saved[name]} in the checkpoint, whose weights fit no other; "
                 f"it cannot become {given}\ntrain anew to change it"
             )
+    before, now = saved["second_target"], config.model.second_target
+    if bool(before) != bool(now):
+        raise CheckpointError(
+            f"second_target is {before} in the checkpoint, which {'has' if before else 'lacks'} "
+            f"the weights of its head; it cannot become {now}\ntrain anew to change it"
+        )
 
 
 def check_resumable(checkpoint: dict[str, Any], path: Path, config: Any) -> None:
@@ -396,10 +408,15 @@ def check_resumable(checkpoint: dict[str, Any], path: Path, config: Any) -> None
     step = checkpoint["global_step"]
     if not {"optimizer_states", "loops"} <= checkpoint.keys():
         raise CheckpointError(f"{path} holds weights alone; training cannot resume from it")
+    if config.max_epochs not in (None, -1):
+        raise ValueError(
+            "a run that counts epochs cannot be resumed exactly\n"
+            "give --trainer.max_epochs null and --trainer.max_steps N"
+        )
     limit = None
     if 0 < config.max_steps <= step:
         limit = "max_steps"
-    if config.max_time and (spent := checkpoint["callbacks"].get("Timer")):
+    if config.max_time and (spent := checkpoint.get("callbacks", {}).get("Timer")):
         timer = Timer(config.max_time)
         timer.load_state_dict(spent)
         if timer.time_remaining() <= 0:
@@ -419,7 +436,7 @@ def check_trainer(config: Any) -> None:
         endless = name == "max_steps" and value == -1
         if isinstance(value, (int, float)) and value < 1 and not endless:  # a time is text
             raise ValueError(f"trainer.{name} is {value}; it must be at least 1")
-    if config.max_epochs not in (None, -1) and config.limit_train_batches is None:
+    if config.max_epochs not in (None, -1) and type(config.limit_train_batches) is not int:
         raise ValueError(
             f"trainer.max_epochs is {config.max_epochs}, but sequences are read without end\n"
             "give --trainer.max_steps, or --trainer.limit_train_batches N to say what an epoch is"

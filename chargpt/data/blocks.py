@@ -54,7 +54,7 @@ class EpochBlocks(RandomBlocks):
 
     A random offset below block_size cuts the split into sequences (what is left over at its ends
     waits for another epoch), a permutation orders them, and the next epoch draws both anew. Batch k
-    is a pure function of (seed, k) here too. An order takes 8 bytes of memory for each sequence.
+    is a pure function of (seed, k) here too. Orders take 16 bytes of memory for each sequence.
     """
 
     def starts(self, k: int) -> np.ndarray:

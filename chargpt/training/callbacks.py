@@ -94,10 +94,10 @@ class Summary(Callback):
             f"device   {name}, precision {trainer.precision}\n"
             f"run      {self.folder or 'leaves nothing behind'}"
         )
-        if (times := trainer.world_size * trainer.accumulate_grad_batches) > 1:
+        if sequences > data.hparams.batch_size:
             print(
-                f"         {times} times as many as one device would read in one batch: a learning "
-                f"rate chosen for those wants --data.batch_size divided by {times}"
+                f"         with another number of devices, keep this product of {sequences}: the "
+                "learning rate was chosen for it"
             )
         if trainer.global_step:
             print(f"resumes  after step {trainer.global_step}")

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Tim
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from chargpt.checkpoints import CheckpointError, config_of, upgrade
+from chargpt.checkpoints import CheckpointError, config_of, rename_ngrams, upgrade
 from chargpt.model import GPT, GPTConfig
 from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
 from chargpt.vocabulary import Vocabulary
@@ -61,7 +61,7 @@ class TrainingConfig(GPTConfig):
     """Weight of a second loss: of the character after the next, predicted by a head of its own
     (Gloeckle et al. 2024, arXiv:2404.19737). It falls to 0 at half of the run."""
     compile: bool = False
-    """Compile the network with torch.compile; pays off on a GPU after a minute."""
+    """Compile the network but for its head (torch.compile); pays off on a GPU after a minute."""
     seed: int = 1337
     """Of the weights and of dropout; the command line fills in seed_everything."""
 
@@ -124,6 +124,7 @@ class GPTModule(LightningModule):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
+        rename_ngrams(settings)
         self.config = TrainingConfig(**settings)
         self.save_hyperparameters(asdict(self.config))
         self.gpt: GPT | None = None  # made when the vocabulary is known

@@ -4,6 +4,7 @@ Everything that decides where a run goes on stands in this file. The rest is a f
 which sequences are read (`data/blocks.py`), dropout and the learning rate (`module.py`).
 """
 
+import re
 import signal
 import threading
 import time
@@ -52,7 +53,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         restart_after_last_step(checkpoint, trainer)
-        follow_moved_run(checkpoint["callbacks"].get(self.best.state_key), self.best.dirpath)
+        state = checkpoint["callbacks"].get(self.best.state_key)
+        follow_moved_run(state, self.best.dirpath, trainer)
         self.validated_step = checkpoint["validated_step"]
 
     # ---- stopping ----
@@ -140,17 +142,19 @@ class LastCheckpoint(Checkpoint):
         return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")
 
 
-def follow_moved_run(state: dict[str, Any] | None, folder: str | Path) -> None:
+def follow_moved_run(state: dict[str, Any] | None, folder: str | Path, trainer: Trainer) -> None:
     """Let ModelCheckpoint find its files again where a run was moved or renamed.
 
     It keeps their absolute paths, and forgets the best score where its folder is another one.
     """
 
     def moved(path: str) -> str:
-        return str(Path(folder, Path(path).name)) if path else path
+        return str(Path(folder, re.split(r"[\\/]", path)[-1])) if path else path
 
-    if state is None or not Path(moved(state["best_model_path"])).is_file():
-        return  # it has no best one yet, or this is a new run
+    # Where machines share no disk, rank 0's has the file, and all must keep the same.
+    found = state is not None and Path(moved(state["best_model_path"])).is_file()
+    if not trainer.strategy.broadcast(found):
+        return  # there is no best one yet, or this is a new run
     state["dirpath"] = str(folder)
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
         state[name] = moved(state[name])

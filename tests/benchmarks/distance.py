@@ -17,6 +17,7 @@ The settings of adapting were chosen on this very split, so its figure flatters 
 """
 
 import argparse
+import copy
 import math
 import shutil
 import subprocess
@@ -72,6 +73,7 @@ def sliding(gpt: GPT, tokens: Tensor, piece: int) -> float:
 
 def adapting(gpt: GPT, tokens: Tensor, piece: int, lr: float, decay: float) -> float:
     """Score a piece, then take a step of Adam on it; `decay` draws back to the first weights."""
+    gpt = copy.deepcopy(gpt)
     parameters = [p for p in gpt.parameters() if p.requires_grad]
     first = [p.detach().clone() for p in parameters]
     adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
@@ -117,16 +119,20 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--decay", type=float, default=0.0)
     parser.add_argument("--characters", type=int, help="only so many, for a quick look")
-    parser.add_argument("--only", nargs="+", help="some of the figures")
+    names = ["frozen", "sliding", "adapting", *COMPRESSORS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     options = parser.parse_args()
 
     path = resolve_checkpoint(options.ckpt_path)
     checkpoint = read_checkpoint(path)
     gpt, vocabulary = network_of(checkpoint, path)
     gpt.eval()
+    if not 0 < options.piece <= gpt.config.block_size:
+        parser.error(f"--piece must be 1 to {gpt.config.block_size}, the network's block_size")
     saved = checkpoint["datamodule_hyper_parameters"]
-    names = ("corpus", "block_size", "val_fraction", "test_fraction")
-    data = CharDataModule(**{name: saved[name] for name in names})
+    settings = ("corpus", "block_size", "val_fraction", "test_fraction")
+    data = CharDataModule(**{name: saved[name] for name in settings})
+    data.expected_digest = saved.get("corpus_digest")
     data.setup()
     tokens = torch.from_numpy(data.val_tokens[: options.characters].astype(int))
     print(f"{path}\nblock_size {gpt.config.block_size}, {len(tokens) - 1:,} characters scored")
@@ -142,7 +148,7 @@ def main() -> None:
         "zpaq": lambda: compressed("zpaq", train, val, len(tokens) - 1),
         "7z": lambda: compressed("7z", train, val, len(tokens) - 1),
     }
-    for name in options.only or figures:
+    for name in options.only:
         start = time.perf_counter()
         show(name, figures[name](), start)
 

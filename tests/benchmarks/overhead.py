@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chargpt.cli.train import TrainingCLI
 from chargpt.data import CharDataModule
-from chargpt.data.blocks import RandomBlocks
+from chargpt.data.module import ORDERS
 from chargpt.training import GPTModule
 
 CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
@@ -52,7 +52,10 @@ class PlainLoop:
         if torch.distributed.is_initialized():
             self.gpt = DistributedDataParallel(self.gpt)
         h, place = data.hparams, data.rank_and_world_size
-        blocks = RandomBlocks(data.train_tokens, h.block_size, h.batch_size, h.seed, *place)
+        Blocks = ORDERS[h.order]
+        blocks = Blocks(data.train_tokens, h.block_size, h.batch_size, h.seed, *place)
+        if module.config.compile:
+            self.gpt.compile()
         self.batches = iter(blocks)
 
     def step(self) -> None:

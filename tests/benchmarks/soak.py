@@ -61,12 +61,16 @@ def wait_for_moment(kind: str, folder: Path, moments: random.Random, seconds: fl
     if kind == "any":
         return time.sleep(moments.uniform(0, seconds))
     last = next(folder.glob("lightning_logs/*/checkpoints/last.ckpt"))
-    for _ in range(moments.randint(1, 3)):
+    if kind == "saving":
+        time.sleep(moments.uniform(0, 0.7 * seconds))
+    for _ in range(moments.randint(1, 3) if kind == "validating" else 1):
         saved = last.stat().st_mtime_ns
         while time.monotonic() < end:
             if kind == "saving" and any(name.endswith(".tmp") for name in os.listdir(last.parent)):
                 break
-            if last.stat().st_mtime_ns != saved:  # it is saved, and then validates
+            if (
+                kind == "validating" and last.stat().st_mtime_ns != saved
+            ):  # saved, then it validates
                 break
 
 

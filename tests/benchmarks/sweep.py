@@ -28,7 +28,7 @@ def val_loss(config: str, steps: int, flags: list[str]) -> float:
         run = subprocess.run(fit, cwd=folder, capture_output=True, text=True)
     found = re.search(r"best validation loss (\S+):", run.stdout + run.stderr)
     if not found:
-        print(run.stderr.strip().splitlines()[-1], file=sys.stderr)
+        print("\n".join(run.stderr.strip().splitlines()[-2:]), file=sys.stderr)
     return float(found[1]) if found else math.inf
 
 
@@ -38,12 +38,17 @@ def main() -> None:
     )
     parser.add_argument("--config", default="cpu")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--set", nargs="+", default=["model.lr=1.5e-3,3e-3,6e-3,1.2e-2"])
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=["model.lr=1.5e-3,3e-3,6e-3,1.2e-2"],
+        help="name=value,value,...",
+    )
     options = parser.parse_args()
 
-    choices = [
-        (name, values.split(",")) for name, _, values in (s.partition("=") for s in options.set)
-    ]
+    commas = re.compile(r",(?![^{\[]*[}\]])")  # not those within {2: 8192, 3: 8192}
+    pairs = [setting.partition("=") for setting in options.set]
+    choices = [(name, commas.split(values)) for name, _, values in pairs]
     names = [name for name, _ in choices]
     results = []
     for values in itertools.product(*(values for _, values in choices)):
