@@ -589,6 +589,8 @@ CONFIGS = {
         (["fit", "--config=endless.yaml"], 2, "endless.yaml: has aliases"),
         (["fit", "--config=tag.yaml"], 2, "tag.yaml: holds a value that cannot be read"),
         (["fit", "--config=deep.yaml"], 2, "nested too deeply"),
+        (["predict", "--config=deep.yaml"], 2, "nested too deeply"),
+        (["predict", "-c", "endless.yaml"], 2, "endless.yaml: has aliases"),
         (["fit", "--config=deeper.yaml"], 2, "nested too deeply"),
         # the text
         (["--data.corpus=none.txt"], 1, "there is no text 'none.txt'"),

@@ -1,5 +1,6 @@
 """What the commands share of parsing: what is wrong with an option, in plain words."""
 
+import argparse
 import difflib
 import re
 from collections.abc import Callable
@@ -39,6 +40,17 @@ def find_config(name: str) -> str:
     if Path(name).expanduser().is_file():
         return name
     return str(shipped_configs().get(name, name))
+
+
+def split_configs(args: list[str]) -> tuple[list[str], list[str]]:
+    """The configuration files that are typed, and everything else."""
+    split = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    split.add_argument("-c", "--config", action="append", default=[])
+    try:
+        known, typed = split.parse_known_args(args)
+    except argparse.ArgumentError:
+        fail("--config needs the name of a file", status=2)
+    return [find_config(name) for name in known.config], typed
 
 
 def read_config(name: str) -> str:

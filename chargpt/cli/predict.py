@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
-from chargpt.cli.parsing import add_ckpt_path, checked, command_parser
+from chargpt.cli.parsing import add_ckpt_path, checked, command_parser, read_config, split_configs
 from chargpt.generation import GenerationConfig
 from chargpt.text_generator import TextChunk, TextGenerator
 
@@ -26,7 +26,11 @@ def run(command: str, args: list[str]) -> None:
     add_ckpt_path(parser)
     parser.add_argument("-c", "--config", action="config", help="A file with these settings.")
     parser.add_function_arguments(predict, "generate", skip={"generator", "checkpoint"})
-    config = checked(parser, lambda: parser.parse_args(args))
+    configs, typed = split_configs(args)
+    for name in configs:
+        read_config(name)  # says what is wrong with it, if anything
+    typed = [*(f"--config={name}" for name in configs), *typed]
+    config = checked(parser, lambda: parser.parse_args(typed))
     path = resolve_checkpoint(config.ckpt_path)
     print(f"checkpoint {path}", file=sys.stderr)
     generator = TextGenerator(*network_of(read_checkpoint(path), path)).eval()

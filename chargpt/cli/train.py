@@ -1,6 +1,5 @@
 """fit, validate and test: LightningCLI, with settings restored from checkpoints."""
 
-import argparse
 import ctypes
 import logging
 import os
@@ -24,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from chargpt import checkpoints
 from chargpt.checkpoints import CheckpointError
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import UNION, checked, explain, find_config, read_config, shipped_configs
+from chargpt.cli.parsing import UNION, checked, explain, read_config, shipped_configs, split_configs
 from chargpt.cli.run_folder import RunFolder
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
@@ -143,13 +142,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        split = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        split.add_argument("-c", "--config", action="append", default=[])
-        try:
-            known, typed = split.parse_known_args(args)
-        except argparse.ArgumentError:
-            fail("--config needs the name of a file", status=2)
-        configs = [find_config(name) for name in known.config]
+        configs, typed = split_configs(args)
         for name in configs:
             self.check(name)
         typed = with_save_dir(typed)
