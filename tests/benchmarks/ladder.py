@@ -215,7 +215,7 @@ def engine(path: Path, seed: int) -> Result:
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     return Result(
         "the engine, configs/cpu.yaml",
-        sum(w.numel() for w in weights.values()),
+        sum(w.numel() for name, w in weights.items() if name.startswith("gpt.")),
         loss,
         seconds,
         a_line(text),
