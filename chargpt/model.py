@@ -372,7 +372,7 @@ class NgramEmbedding(nn.Module):
     """Hashed n-gram embeddings: the last n characters have a vector of their own, (B, T, C).
 
     What a few letters make likely is looked up, and need not be worked out by attention. There are
-    more n-grams than rows: each is sent to a row by a hash of its ids, and some share one (hash
+    more n-grams than rows: each is sent to a row by a hash of its ids, and many share one (hash
     embeddings: Svenstrup et al. 2017, arXiv:1709.03933).
     """
 

@@ -31,7 +31,7 @@ from chargpt.vocabulary import Vocabulary
 
 # The settings that both architectures are told about, or hold in their weights.
 HELD = {"block_size", "n_embd", "n_head", "n_layer", "dropout", "attention_dropout", "position"}
-HELD |= {"norm", "bias", "qkv_bias", "activation", "zero_init", "ngrams", "ngram_dropout"}
+HELD |= {"norm", "bias", "qkv_bias", "activation", "zero_init", "ngram_dropout"}
 
 
 class ExportError(ValueError):
