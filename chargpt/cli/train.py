@@ -28,6 +28,7 @@ from chargpt.cli.run_folder import RunFolder
 from chargpt.data import CharDataModule
 from chargpt.model import GPTConfig
 from chargpt.training import GPTModule
+from chargpt.training.agreement import AgreedTimer
 from chargpt.training.callbacks import FinalScore, ProgressBar, Summary, TextSamples, Throughput
 from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
 from chargpt.training.module import TrainingError
@@ -248,6 +249,8 @@ class TrainingCLI(LightningCLI):
         bar = config.enable_progress_bar is not False and not config.barebones
         if bar and not any(isinstance(callback, AnyProgressBar) for callback in given):
             ours.append(ProgressBar())
+        if config.max_time and not any(isinstance(callback, Timer) for callback in given):
+            ours.append(AgreedTimer(config.max_time))
         if self.saves:
             best = best_checkpoint_callback(folder and folder / "checkpoints")
             ours += [best, LastCheckpoint(best), FinalScore(best)]

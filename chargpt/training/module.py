@@ -1,7 +1,6 @@
 """GPTModule: one training step, one validation step, the optimizer; and their settings."""
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,12 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from chargpt.checkpoints import CheckpointError, config_of, rename_ngrams, upgrade
 from chargpt.model import GPT, GPTConfig
+from chargpt.training.agreement import Agreement, elapsed_share
 from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
 from chargpt.vocabulary import Vocabulary
 
@@ -133,8 +133,7 @@ class GPTModule(LightningModule):
         # NaN counts: a loss that is no number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 0.0  # share of the run that is over
-        self.agreed_at, self.agreed_batches, self.batches_until_agreement = 0.0, 1, 0
-        self.agreed_share = 0.0  # of the time, as all ranks have it
+        self.clock, self.time_share = Agreement(), 0.0  # share of max_time, the same on all ranks
 
     # ---- the network ----
 
@@ -198,23 +197,8 @@ class GPTModule(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         steps, limit = self.global_step, self.trainer.max_steps
-        self.progress = min(1.0, max(steps / limit if limit > 0 else 0.0, self.time_share()))
-
-    def time_share(self) -> float:
-        """Share of `trainer.max_time` that is over; 0 where there is none."""
-        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]
-        shares = [share_of(timer) for timer in timers if timer.time_remaining() is not None]
-        if self.trainer.world_size == 1 or not shares:
-            return max(shares, default=0.0)
-        # Clocks differ, and all ranks must do the same: what rank 0 says, about once a second.
-        if self.batches_until_agreement == 0:
-            now = time.monotonic()
-            batches = max(1, int(self.agreed_batches / max(now - self.agreed_at, 1e-3)))
-            ours = (max(shares), batches)
-            self.agreed_share, self.agreed_batches = self.trainer.strategy.broadcast(ours)
-            self.agreed_at, self.batches_until_agreement = now, self.agreed_batches
-        self.batches_until_agreement -= 1
-        return self.agreed_share
+        self.time_share = self.clock.largest(self.trainer, elapsed_share(self.trainer))
+        self.progress = min(1.0, max(steps / limit if limit > 0 else 0.0, self.time_share))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         batch = batch.long()  # (B, T + 1), narrow integers until here
@@ -347,11 +331,6 @@ def refuse_tuners(trainer: Trainer) -> None:
                 "the batch size, and its trials are steps\n"
                 "try a larger --data.batch_size; where the memory is too small, it ends at once"
             )
-
-
-def share_of(timer: Timer) -> float:
-    elapsed = timer.time_elapsed()
-    return elapsed / (elapsed + max(timer.time_remaining(), 0.0))
 
 
 def diverged(what: str, value: float, step: int) -> TrainingError:

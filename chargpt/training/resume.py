@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from chargpt.checkpoints import LAST_NAME
+from chargpt.training.agreement import Agreement
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGREEMENT_S = 1.0  # ranks ask each other about this often whether to stop
 
 
 class LastCheckpoint(Checkpoint):
@@ -38,8 +37,7 @@ class LastCheckpoint(Checkpoint):
         self.received_at = 0.0
         self.saved_step = -1
         self.validated_step = 0  # the last one after which the whole split was scored
-        self.batches = self.agreed_batches = self.next_agreement = 0
-        self.agreed_at = 0.0
+        self.agreement = Agreement()
 
     # ---- what a checkpoint of ours holds beside Lightning's, and what resuming makes of it ----
 
@@ -63,7 +61,6 @@ class LastCheckpoint(Checkpoint):
         # Lightning puts the handlers back that were there before. It keeps a SIGTERM in mind that
         # came while the run was being set up.
         self.received = signal.SIGTERM if trainer.received_sigterm else 0
-        self.agreed_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 signal.signal(signum, self.receive)
@@ -78,9 +75,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # lets Lightning validate the final step as well
-        self.batches += 1
-        if trainer.world_size == 1 or self.batches >= self.next_agreement:
-            self.stop_if_asked(trainer)
+        self.stop_if_asked(trainer, self.agreement.largest(trainer, self.received))
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -99,31 +94,19 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # Its score is not in what was saved before; a killed run scores this step again.
             self.saved_step = -1
-            self.stop_if_asked(trainer)
+            self.stop_if_asked(trainer, self.agreement.ask(trainer, self.received))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         # The end of the run. In on_train_end weight averaging has already replaced the weights.
         if self.saved_step != trainer.global_step:
             self.save(trainer)
 
-    def stop_if_asked(self, trainer: Trainer) -> None:
-        signum = self.received
-        if trainer.world_size > 1:  # each rank hears of it at a moment of its own
-            signum = self.agree(trainer)
+    def stop_if_asked(self, trainer: Trainer, signum: float) -> None:
+        """Stop for a signal that any rank has received: each hears of it at a moment of its own."""
         if signum:
             if self.saved_step != trainer.global_step:
                 self.save(trainer)
-            self.stop(trainer, signum)
-
-    def agree(self, trainer: Trainer) -> int:
-        """The signal that any rank has received. All ranks ask again after as many batches."""
-        now = time.monotonic()
-        batch_s = (now - self.agreed_at) / max(1, self.batches - self.agreed_batches)
-        state = torch.tensor([self.received, batch_s], device=trainer.strategy.root_device)
-        signum, batch_s = trainer.strategy.reduce(state, reduce_op="max").tolist()
-        self.agreed_at, self.agreed_batches = now, self.batches
-        self.next_agreement = self.batches + max(1, int(AGREEMENT_S / max(batch_s, 1e-3)))
-        return int(signum)
+            self.stop(trainer, int(signum))
 
     def stop(self, trainer: Trainer, signum: int) -> NoReturn:
         if trainer.is_global_zero:
