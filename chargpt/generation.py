@@ -257,7 +257,15 @@ def inference_copy(gpt: GPT) -> GPT:
     at each call. With one character at a time that is an eighth of the time (tests/benchmarks/
     LOG.md). So in this copy every part lies where Python looks first, and calling a module is
     calling its forward.
+
+    Raises:
+        ValueError: the network has no numbers, since it was moved to torch's meta device.
     """
+    if any(weight.is_meta for weight in gpt.parameters()):
+        raise ValueError(
+            "the network is on the meta device, where weights have no numbers\n"
+            "load it anew, and move it to cpu, cuda or mps"
+        )
     weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
     copy = deepcopy(gpt, weights).eval()
     modules = list(copy.modules())

@@ -140,6 +140,13 @@ def test_settings_that_mean_nothing(wrong, message):
         make_generator().stream("a", **wrong)
 
 
+def test_a_network_without_numbers_says_so():
+    generator = make_generator().to("meta")
+    for use in (lambda: generator.complete("abc"), lambda: generator.score("abc")):
+        with pytest.raises(ValueError, match="on the meta device"):
+            use()
+
+
 def test_nothing_to_write():
     assert make_generator().complete("abc", max_new_chars=0) == "abc"
 
