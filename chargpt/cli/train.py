@@ -196,8 +196,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Choose the folder of the run, point its loggers there, and make everything."""
-        given = self.given = self.config  # is kept in config.yaml, and names no folder of a run
-        config = given.trainer
+        given, config = self.config.clone(), self.config.trainer
+        given.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
         keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
         self.saves = keeps and config.enable_checkpointing is not False
         self.keeps = self.saves or (keeps and config.logger is not False)
@@ -206,9 +206,11 @@ class TrainingCLI(LightningCLI):
             logs = Path(config.default_root_dir or os.getcwd()) / checkpoints.LOGS
             self.folder = RunFolder(logs, self.run_path)
             self.run_path = self.folder.path
-            self.config = given.clone()
-            for logger in loggers_of(self.config.trainer):
+            for logger in loggers_of(config):
                 point(logger, self.run_path)
+        self.save_config_kwargs = {"given": given, "folder": self.run_path}
+        if not self.keeps:
+            self.save_config_callback = None
         try:
             super().instantiate_classes()
         except BaseException as error:
@@ -228,11 +230,6 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(
                 self.run_path.parent, name="", version=self.run_path.name, default_hp_metric=False
             )
-        self.save_config_kwargs = {"folder": self.run_path}
-        if not self.keeps:
-            self.save_config_callback = None
-        self.config = self.given
-        self.config.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
         plugins = config.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -282,10 +279,17 @@ class TrainingCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the folder of the run, wherever its loggers write."""
+    """Writes config.yaml into the folder of the run, wherever its loggers write.
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path | None) -> None:
-        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+    Args:
+        given: the settings as they were typed: they name no folder of a run.
+        folder: of the run.
+    """
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Any, given: Any, folder: Path | None
+    ) -> None:
+        super().__init__(parser, given, overwrite=True, save_to_log_dir=False)
         self.folder = folder
 
     def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
