@@ -149,14 +149,14 @@ class SequenceState:
         self.length += 1
         self.window.append(id)
         self.held.append(id)
-        tails = [(start, self.held[start:]) for start in range(len(self.held))]
-        for start, tail in tails:
+        begins = len(self.held)  # where a stop may begin
+        for start in range(len(self.held)):
+            tail = self.held[start:]
             if tail in stops:
                 return Chunk(self.row, self.held[:start], True)
-        begins = (
-            start for start, tail in tails if any(stop[: len(tail)] == tail for stop in stops)
-        )
-        free = len(self.held) if last else next(begins, len(self.held))
+            if any(stop[: len(tail)] == tail for stop in stops):
+                begins = min(begins, start)
+        free = len(self.held) if last else begins
         chunk = Chunk(self.row, self.held[:free], last)
         self.held = self.held[free:]
         return chunk
@@ -167,8 +167,9 @@ def window_length(length: int, block_size: int, exact: bool = False) -> int:
 
     All of them up to block_size. Then, if `exact`, the newest block_size: a sliding window. Else
     the window falls to half of block_size (rounded up) whenever it would outgrow it, and grows
-    again from there. It depends on nothing but the length, so that going on with a text is the
-    same as having generated it in one go.
+    again from there. With block_size 4 and lengths from 1 on: 1 2 3 4 2 3 4 2 3; exact: 1 2 3 4 4.
+    It depends on nothing but the length, so that going on with a text is the same as having
+    generated it in one go.
     """
     if length <= block_size:
         return length
@@ -202,7 +203,7 @@ def generate(
         yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
     block_size, stops = gpt.config.block_size, [list(stop) for stop in stops]
-    least = window_length(block_size + 1, block_size, config.exact_window)
+    least = window_length(block_size + 1, block_size, config.exact_window)  # just after it fell
     texts = []
     for row, prompt in enumerate(prompts):
         window = list(prompt[-window_length(len(prompt), block_size, config.exact_window) :])
@@ -266,7 +267,9 @@ def inference_copy(gpt: GPT) -> GPT:
             "the network is on the meta device, where weights have no numbers\n"
             "load it anew, and move it to cpu, cuda or mps"
         )
-    weights = {id(weight): weight for weight in gpt.parameters()}  # known to deepcopy: not copied
+    weights = {
+        id(weight): weight for weight in gpt.parameters()
+    }  # deepcopy shares what it is told of
     copy = deepcopy(gpt, weights).eval()
     modules = list(copy.modules())
     forwards: dict[type, Any] = {type(module): type(module).forward for module in modules}

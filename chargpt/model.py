@@ -108,7 +108,7 @@ class GPTConfig:
     @property
     def preceding(self) -> int:
         """Characters before a sequence that its first n-gram takes in."""
-        return max(self.ngrams or {1: 0}) - 1
+        return max(self.ngrams or (), default=1) - 1
 
 
 def check_type(name: str, value: object, declared: Any) -> None:
@@ -285,9 +285,11 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        C, dropout = config.n_embd, config.attention_dropout
+        C = config.n_embd
         self.n_head = config.n_head
-        self.attention_dropout = config.dropout if dropout is None else dropout
+        self.attention_dropout = (
+            config.dropout if config.attention_dropout is None else config.attention_dropout
+        )
         self.qkv = nn.Linear(C, 3 * C, config.qkv_bias)  # query, key, value of all heads
         self.projection = nn.Linear(C, C, config.bias)
         self.dropout = nn.Dropout(config.dropout)

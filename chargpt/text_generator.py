@@ -87,6 +87,7 @@ class TextGenerator(nn.Module):
         stops = [self.encode(stop) for stop in config.stop_strings]
         characters = self.vocabulary.characters
 
+        # A generator of its own: what stands above is done now, and not at the first chunk.
         def chunks() -> Iterator[TextChunk]:
             for first in range(0, len(rows), MAX_ROWS):
                 batch = slice(first, first + MAX_ROWS)

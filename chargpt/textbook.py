@@ -1,7 +1,7 @@
 """A GPT in one file: the text, the network, the training, the writing. Read it from top to bottom.
 
     python -m chargpt.textbook path/to/input.txt --small    # two minutes on two cores
-    python -m chargpt.textbook --explain                    # one line of text, step by step
+    python -m chargpt.textbook path/to/input.txt --explain  # one line of text, step by step
 
 A language model gives every possible next character a probability, from the characters before
 it. Trained on a text it learns spelling, words and manner, because all of them help to guess
@@ -284,7 +284,8 @@ def train() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(epochs + 1):
         if step % eval_interval == 0 or step == epochs:
-            train_loss, val_loss = estimate_loss().values()
+            losses = estimate_loss()
+            train_loss, val_loss = losses["train"], losses["val"]
             print(f"step {step:5}: train {train_loss:.3f}, val {val_loss:.3f}", flush=True)
         if step < epochs:
             left = 1 - step / epochs

@@ -31,6 +31,8 @@ class UnknownCharacterError(ValueError):
 class Vocabulary:
     """A character's id is its place among the sorted distinct characters of a text.
 
+    Weights mean nothing without it: the ids of another text stand for other characters.
+
     Args:
         characters: the distinct characters in ascending order; the whole vocabulary is this
             string, so that is all a checkpoint has to carry.

@@ -1,6 +1,6 @@
 """The datasets: which characters are read, in which order, on which rank.
 
-Both yield whole batches (B, T + 1) of ids in the narrowest type: the first T of a sequence are the
+All yield whole batches (B, T + 1) of ids in the narrowest type: the first T of a sequence are the
 inputs, the last T the targets. They are widened on the device, so that little travels.
 """
 
@@ -19,9 +19,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 class RandomBlocks(IterableDataset[Tensor]):
     """Random sequences to train on, without end: batch k is a pure function of (seed, k).
 
-    All ranks draw the same global batch of `world_size * batch_size` sequences, no two alike, and
-    each takes its slice. So one, two or eight devices with the same global batch read the same
-    characters, and a run that resumes at batch k reads what an uninterrupted one would have read.
+    All ranks draw the same global batch of `world_size * batch_size` sequences, no two alike
+    where the text has enough, and each takes its slice. So one, two or eight devices with the same
+    global batch read the same characters, and a run that resumes at batch k reads what an
+    uninterrupted one would have read.
     """
 
     tokens: np.ndarray  # ids of the training split, (N,)
@@ -50,11 +51,12 @@ class RandomBlocks(IterableDataset[Tensor]):
 
 @dataclass(eq=False)
 class EpochBlocks(RandomBlocks):
-    """Sequences to train on by epochs: each character is a target once before any is again.
+    """Sequences to train on by epochs: no character is a target twice in one.
 
-    A random offset below block_size cuts the split into sequences (what is left over at its ends
-    waits for another epoch), a permutation orders them, and the next epoch draws both anew. Batch k
-    is a pure function of (seed, k) here too. Orders take 16 bytes of memory for each sequence.
+    A random offset below block_size cuts the split into sequences (at its ends less than two are
+    left over, until another epoch), a permutation orders them, and the next epoch draws both anew.
+    Batch k is a pure function of (seed, k) here too. Orders take 16 bytes of memory for each
+    sequence.
     """
 
     def starts(self, k: int) -> np.ndarray:
@@ -98,7 +100,7 @@ class EvaluationBlocks(IterableDataset[Tensor]):
         batches = [ours[i : i + self.batch_size] for i in range(0, len(ours), self.batch_size)]
         if tail and n_whole % self.world_size == self.rank:
             batches.append(np.array([n_whole * self.block_size]))
-        return batches or [ours]
+        return batches or [ours]  # which is empty then: a batch of none
 
     def __len__(self) -> int:
         return len(self.starts())

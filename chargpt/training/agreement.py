@@ -13,13 +13,13 @@ AGREEMENT_S = 1.0  # ranks ask each other about this often
 class Agreement:
     """The largest of the ranks' values, exchanged once a second: an all-reduce that seldom waits.
 
-    Ranks must do the same at the same step. Asking after each batch would cost a few percent of it,
-    so they ask after a number of batches, the same on all, that takes about AGREEMENT_S.
+    Ranks must do the same at the same step. Asking after each batch would cost a few percent of a
+    step, so they ask after a number of batches, the same on all, that takes about AGREEMENT_S.
     """
 
     def __init__(self) -> None:
         self.value = 0.0
-        self.batches = self.asked_batches = self.next = 0
+        self.batches = self.asked_batches = self.ask_at = 0
         self.asked_at = time.monotonic()
 
     def largest(self, trainer: Trainer, value: float) -> float:
@@ -27,7 +27,7 @@ class Agreement:
         self.batches += 1
         if trainer.world_size == 1:
             return value
-        return self.ask(trainer, value) if self.batches >= self.next else self.value
+        return self.ask(trainer, value) if self.batches >= self.ask_at else self.value
 
     def ask(self, trainer: Trainer, value: float) -> float:
         """The largest value of all ranks now."""
@@ -36,7 +36,7 @@ class Agreement:
         state = torch.tensor([value, batch_s], device=trainer.strategy.root_device)
         self.value, batch_s = trainer.strategy.reduce(state, reduce_op="max").tolist()
         self.asked_at, self.asked_batches = now, self.batches
-        self.next = self.batches + max(1, int(AGREEMENT_S / max(batch_s, 1e-3)))
+        self.ask_at = self.batches + max(1, int(AGREEMENT_S / max(batch_s, 1e-3)))
         return self.value
 
 

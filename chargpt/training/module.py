@@ -133,7 +133,8 @@ class GPTModule(LightningModule):
         # NaN counts: a loss that is no number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 0.0  # share of the run that is over
-        self.clock, self.time_share = Agreement(), 0.0  # share of max_time, the same on all ranks
+        self.time_agreement = Agreement()
+        self.time_share = 0.0  # share of max_time that is over, the same on all ranks
 
     # ---- the network ----
 
@@ -197,7 +198,7 @@ class GPTModule(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         steps, limit = self.global_step, self.trainer.max_steps
-        self.time_share = self.clock.largest(self.trainer, elapsed_share(self.trainer))
+        self.time_share = self.time_agreement.largest(self.trainer, elapsed_share(self.trainer))
         self.progress = min(1.0, max(steps / limit if limit > 0 else 0.0, self.time_share))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

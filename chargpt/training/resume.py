@@ -1,7 +1,7 @@
 """Resume: stopping on a signal with a checkpoint, and where a run resumes from one.
 
-Everything that decides where a run goes on stands in this file. The rest is a function of the step:
-which sequences are read (`data/blocks.py`), dropout and the learning rate (`module.py`).
+What Lightning's counters are set to stands in this file. The rest is a function of the step: which
+sequences are read (`data/blocks.py`), dropout and the learning rate (`training/module.py`).
 """
 
 import re
@@ -36,7 +36,7 @@ class LastCheckpoint(Checkpoint):
         self.received = 0
         self.received_at = 0.0
         self.saved_step = -1
-        self.validated_step = 0  # the last one after which the whole split was scored
+        self.validated_step = 0  # the last one after which there was a validation
         self.agreement = Agreement()
 
     # ---- what a checkpoint of ours holds beside Lightning's, and what resuming makes of it ----
@@ -45,7 +45,9 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["validated_step"] = self.validated_step
-        checkpoint["limit_val_batches"] = trainer.limit_val_batches  # 1.0: of the whole split
+        checkpoint["limit_val_batches"] = (
+            trainer.limit_val_batches
+        )  # 1.0: scores are of the whole split
 
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
@@ -102,7 +104,11 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def stop_if_asked(self, trainer: Trainer, signum: float) -> None:
-        """Stop for a signal that any rank has received: each hears of it at a moment of its own."""
+        """Stop for a signal that any rank has received, which hears of it at a moment of its own.
+
+        Args:
+            signum: its number, the largest where there are several; 0 for none.
+        """
         if signum:
             if self.saved_step != trainer.global_step:
                 self.save(trainer)
@@ -173,7 +179,7 @@ def restart_after_last_step(checkpoint: dict[str, Any], trainer: Trainer) -> Non
         total=counts(1, done=0) if pending else counts(0), current=counts(0), is_last_batch=False
     )
     # The logger's step. Where a validation is due Lightning counts on after it, done or skipped.
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - due
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1 if due else step
 
 
 def counts(started: int, done: int | None = None) -> dict[str, int]:
