@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chargpt.model import GPT, KVCache
+from chargpt.model import GPT, KVCache, check
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,10 @@ class GenerationConfig:
     for each character: slow. Otherwise the window falls to its newest half whenever it is full."""
 
     def __post_init__(self) -> None:
-        if self.max_new_chars < 0:
-            raise ValueError(f"max_new_chars is {self.max_new_chars}; it must be at least 0")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be 0 or a positive number"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+        check(self, "max_new_chars", "at least 0", lambda n: n >= 0)
+        check(self, "temperature", "0 or a positive number", lambda t: 0 <= t < math.inf)
+        check(self, "top_k", "at least 1", lambda k: k >= 1)
+        check(self, "top_p", "greater than 0 and at most 1", lambda p: 0 < p <= 1)
         if "" in self.stop_strings:
             raise ValueError("a stop string is empty; it would end every text before it begins")
 
@@ -267,9 +261,8 @@ def inference_copy(gpt: GPT) -> GPT:
             "the network is on the meta device, where weights have no numbers\n"
             "load it anew, and move it to cpu, cuda or mps"
         )
-    weights = {
-        id(weight): weight for weight in gpt.parameters()
-    }  # deepcopy shares what it is told of
+    # deepcopy shares what it is told of.
+    weights = {id(weight): weight for weight in gpt.parameters()}
     copy = deepcopy(gpt, weights).eval()
     modules = list(copy.modules())
     forwards: dict[type, Any] = {type(module): type(module).forward for module in modules}

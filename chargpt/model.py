@@ -10,6 +10,7 @@ residual blocks of GPT-2); what has been found since then is one switch each in 
     S  characters that can be attended to: T, and before them what a cache holds
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -77,9 +78,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_type(field.name, getattr(self, field.name), field.type)
-        for name in ("block_size", "n_embd", "n_head", "n_layer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self, "block_size n_embd n_head n_layer", "at least 1", lambda n: n >= 1)
+        check(self, "dropout attention_dropout ngram_dropout", *SHARE)
         for n, rows in (self.ngrams or {}).items():
             if type(n) is not int or not 2 <= n <= len(NgramEmbedding.FACTORS):
                 most = len(NgramEmbedding.FACTORS)
@@ -88,11 +88,6 @@ class GPTConfig:
                 )
             if type(rows) is not int or rows < 1:
                 raise ValueError(f"ngrams has {n}: {rows!r}; a table needs at least 1 row")
-        for name in ("dropout", "attention_dropout", "ngram_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
-                )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.position == "rotary" and self.head_size % 2:
@@ -109,6 +104,17 @@ class GPTConfig:
     def preceding(self) -> int:
         """Characters before a sequence that its first n-gram takes in."""
         return max(self.ngrams or (), default=1) - 1
+
+
+SHARE = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+
+
+def check(settings: Any, names: str, rule: str, holds: Callable[[Any], bool]) -> None:
+    """Raise a ValueError that names the first of these settings for which a rule does not hold."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} is {value}; it must be {rule}")
 
 
 def check_type(name: str, value: object, declared: Any) -> None:

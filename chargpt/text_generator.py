@@ -119,22 +119,12 @@ class TextGenerator(nn.Module):
         """
         if len(text) < 2:
             raise ValueError("a text of fewer than two characters has none to predict")
-        gpt, block_size = self.gpt, self.gpt.config.block_size
-        device = gpt.token_embedding.weight.device
-        ids = torch.tensor(self.encode(text), device=device)
-        inputs, targets = ids[:-1], ids[1:]
-        whole = len(inputs) // block_size * block_size  # the rest is a shorter sequence of its own
-        batches = [
-            *zip(
-                inputs[:whole].view(-1, block_size).split(MAX_ROWS),
-                targets[:whole].view(-1, block_size).split(MAX_ROWS),
-            ),
-            (inputs[None, whole:], targets[None, whole:]),
-        ]
-        network, parts = inference_copy(gpt), []
-        for x, y in (batch for batch in batches if batch[0].numel()):
-            logits = network(x).flatten(0, 1).float()
-            parts.append(F.cross_entropy(logits, y.flatten(), reduction="none").cpu())
+        network, T = inference_copy(self.gpt), self.gpt.config.block_size
+        ids = torch.tensor(self.encode(text), device=self.gpt.token_embedding.weight.device)
+        parts = []
+        for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):
+            logits = network(inputs[None])[0].float()
+            parts.append(F.cross_entropy(logits, targets, reduction="none").cpu())
         losses = torch.cat(parts)
         nats = losses.double().mean().item()
         return Score(nats, nats / math.log(2), losses)

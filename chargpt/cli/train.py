@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -105,7 +105,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             GPTModule,
             CharDataModule,
-            SaveConfig,
+            save_config_callback=None,  # `run` writes it into the folder of the run
             trainer_class=TypedTrainer,
             run=False,
             args=args,
@@ -196,8 +196,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Choose the folder of the run, point its loggers there, and make everything."""
-        given, config = self.config.clone(), self.config.trainer
-        given.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
+        self.given, config = self.config.clone(), self.config.trainer
+        self.given.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
         keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
         self.saves = keeps and config.enable_checkpointing is not False
         self.keeps = self.saves or (keeps and config.logger is not False)
@@ -208,9 +208,6 @@ class TrainingCLI(LightningCLI):
             self.run_path = self.folder.path
             for logger in loggers_of(config):
                 point(logger, self.run_path)
-        self.save_config_kwargs = {"given": given, "folder": self.run_path}
-        if not self.keeps:
-            self.save_config_callback = None
         try:
             super().instantiate_classes()
         except BaseException as error:
@@ -260,6 +257,9 @@ class TrainingCLI(LightningCLI):
         if self.command != "fit":
             say(f"checkpoint {self.checkpoint_path}")
         self.datamodule.expected_digest = self.corpus_digest
+        if self.folder:
+            path = self.folder.path / checkpoints.CONFIG
+            self.parser.save(self.given, path, skip_unset=False, overwrite=True)
         method = getattr(self.trainer, self.command)
         verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
         try:
@@ -276,25 +276,6 @@ class TrainingCLI(LightningCLI):
             raise
         if self.folder:
             self.folder.release()
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the folder of the run, wherever its loggers write.
-
-    Args:
-        given: the settings as they were typed: they name no folder of a run.
-        folder: of the run.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Any, given: Any, folder: Path | None
-    ) -> None:
-        super().__init__(parser, given, overwrite=True, save_to_log_dir=False)
-        self.folder = folder
-
-    def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        path = self.folder / self.config_filename
-        self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
 
 def point(logger: Namespace, run: Path) -> None:

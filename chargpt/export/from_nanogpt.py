@@ -45,9 +45,38 @@ def checkpoint_of(ckpt: Path, meta: Path) -> dict[str, Any]:
     Raises:
         ImportFailed: one of them cannot be taken over exactly; the message says why.
     """
-    given = read_ckpt(ckpt)
-    arguments, config = given["model_args"], given.get("config")
-    characters = read_meta(meta)
+    given, characters = read_ckpt(ckpt), read_meta(meta)
+    ours, weights = network_from(given, ckpt)
+    V = len(weights["token_embedding.weight"])
+    if len(characters) != V:
+        raise ImportFailed(
+            f"{meta} has {len(characters)} characters, but the network in {ckpt} has {V}\n"
+            "give the meta.pkl of the data that it was trained on"
+        )
+    order = sorted(range(V), key=characters.__getitem__)  # our ids follow the characters
+    for name in ("token_embedding.weight", "head.weight"):
+        weights[name] = weights[name][order]
+    config, steps = given.get("config"), given.get("iter_num", 0)
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    checkpoint = {
+        "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
+        "hyper_parameters": asdict(ours),
+        "datamodule_hyper_parameters": {
+            "corpus": corpus_of(dataset, meta),
+            "block_size": ours.block_size,
+        },
+        "vocabulary": "".join(sorted(characters)),
+        "global_step": steps if type(steps) is int else 0,
+        "epoch": 0,
+        "origin": f"Trained by nanoGPT for {steps} iterations, and imported from its checkpoint.",
+    }
+    network_of(checkpoint, ckpt)  # as whoever reads it will
+    return checkpoint
+
+
+def network_from(given: dict[str, Any], ckpt: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The settings and the weights of nanoGPT's network under our names."""
+    arguments = given["model_args"]
     state = {key.removeprefix("_orig_mod."): w for key, w in given["model"].items()}
     try:
         bias = arguments["bias"]
@@ -66,36 +95,13 @@ def checkpoint_of(ckpt: Path, meta: Path) -> dict[str, Any]:
         raise ImportFailed(f"{ckpt} lacks {error}; it is no checkpoint of nanoGPT") from error
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise ImportFailed(f"{ckpt} does not fit itself: {error}") from error
-    if len(characters) != V:
-        raise ImportFailed(
-            f"{meta} has {len(characters)} characters, but the network in {ckpt} has {V}\n"
-            "give the meta.pkl of the data that it was trained on"
-        )
     if bias:
         weights.setdefault("head.bias", torch.zeros(V))  # it never has one there
     else:  # layer norms without bias, which is a bias of zero
         for name in [name for name in weights if name.endswith("norm.weight")]:
             weights.setdefault(name.replace("weight", "bias"), torch.zeros(C))
     check_shapes(ours, V, weights, ckpt)
-    order = sorted(range(V), key=characters.__getitem__)  # our ids follow the characters
-    for name in ("token_embedding.weight", "head.weight"):
-        weights[name] = weights[name][order]
-    dataset = config.get("dataset") if isinstance(config, dict) else None
-    steps = given.get("iter_num", 0)
-    checkpoint = {
-        "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
-        "hyper_parameters": asdict(ours),
-        "datamodule_hyper_parameters": {
-            "corpus": corpus_of(dataset, meta),
-            "block_size": ours.block_size,
-        },
-        "vocabulary": "".join(sorted(characters)),
-        "global_step": steps if type(steps) is int else 0,
-        "epoch": 0,
-        "origin": f"Trained by nanoGPT for {steps} iterations, and imported from its checkpoint.",
-    }
-    network_of(checkpoint, ckpt)  # as whoever reads it will
-    return checkpoint
+    return ours, weights
 
 
 def read_ckpt(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 
 AGREEMENT_S = 1.0  # ranks ask each other about this often
@@ -50,7 +50,7 @@ class AgreedTimer(Timer):
     def state_key(self) -> str:
         return Timer.__qualname__  # a checkpoint keeps the time under the same name
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if trainer.world_size == 1 or module.time_share >= 1:
             super().on_train_batch_end(trainer)
 

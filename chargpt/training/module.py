@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from chargpt.checkpoints import CheckpointError, config_of, rename_ngrams, upgrade
-from chargpt.model import GPT, GPTConfig
+from chargpt.model import GPT, SHARE, GPTConfig, check
 from chargpt.training.agreement import Agreement, elapsed_share
 from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
 from chargpt.vocabulary import Vocabulary
@@ -67,23 +67,12 @@ class TrainingConfig(GPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lr", "muon_lr"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                raise ValueError(f"{name} is {rate}; it must be positive")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1"
-                )
         not_negative = "eps warmup_steps weight_decay muon_weight_decay min_lr_ratio second_target"
-        for name in not_negative.split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if not 1 <= self.muon_iterations <= len(POLAR_EXPRESS):
-            raise ValueError(
-                f"muon_iterations is {self.muon_iterations}; it must be 1 to {len(POLAR_EXPRESS)}"
-            )
+        most = len(POLAR_EXPRESS)
+        check(self, "lr muon_lr", "positive", lambda rate: 0 < rate < math.inf)
+        check(self, "beta1 beta2 muon_momentum", *SHARE)
+        check(self, not_negative, "at least 0", lambda value: 0 <= value < math.inf)
+        check(self, "muon_iterations", f"1 to {most}", lambda n: 1 <= n <= most)
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length:
                 raise ValueError(
