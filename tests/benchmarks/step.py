@@ -19,7 +19,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from chargpt.cli.train import TrainingCLI
+from chargpt.cli.train import TrainingCLI, keep_freed_memory
 from chargpt.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary("".join(map(chr, range(32, 97))))  # 65 characters, as tiny Shakespeare has
@@ -134,6 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     step = Step(options.config)
+    keep_freed_memory()  # as `fit` does
     for context in step.contexts:
         measure(step, context, options.steps)
     for context in step.contexts:
