@@ -240,7 +240,7 @@ def encoding(folder: Path, moments: random.Random, *_: object) -> tuple[bool, st
     process = run("broken")
     while not list(folder.glob("broken/tokens/.*.tmp")) and process.poll() is None:
         time.sleep(0.001)
-    time.sleep(moments.uniform(0, 0.15))
+    time.sleep(moments.uniform(0, 0.03))
     process.kill()
     process.wait()
     left = len(list(folder.glob("broken/tokens/.*.tmp")))
