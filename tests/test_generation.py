@@ -5,9 +5,10 @@ import math
 import random
 import tracemalloc
 from collections import Counter
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from chargpt.generation import (
     SequenceState,
     generate,
     inference_copy,
+    mix,
     sample,
     uniform,
     window_length,
@@ -418,6 +420,26 @@ def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
 def test_settings_that_mean_nothing(wrong, message):
     with pytest.raises(ValueError, match=message):
         GenerationConfig(**wrong)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_mix_is_lowbias32_of_the_number_plus_the_golden_ratio(bits):
+    def lowbias32(x: np.uint32) -> np.uint32:  # https://nullprogram.com/blog/2018/07/31/
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(0x7FEB352D)
+        x ^= x >> np.uint32(15)
+        x *= np.uint32(0x846CA68B)
+        x ^= x >> np.uint32(16)
+        return x
+
+    with np.errstate(over="ignore"):
+        golden = np.uint32(2**32 * (math.sqrt(5) - 1) / 2)
+        assert mix(bits) == lowbias32(np.uint32(bits) + golden)
+
+
+def test_sampling_parameters_cannot_change_while_a_text_is_written():
+    with pytest.raises(FrozenInstanceError):
+        WARM.temperature = 0.0
 
 
 # ---- stopping ----

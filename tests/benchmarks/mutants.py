@@ -36,7 +36,7 @@ from cosmic_ray.mutating import mutate_code
 
 PROJECT = Path(__file__).resolve().parents[2]
 TESTS = {  # a file, and the tests that should notice, the quickest first
-    "chargpt/model.py": "test_model test_generation test_text_generator",
+    "chargpt/model.py": "test_model test_generation test_text_generator test_compile",
     "chargpt/generation.py": "test_generation test_text_generator test_predict",
     "chargpt/data/blocks.py": "test_data",
     "chargpt/data/corpus.py": "test_corpus test_token_file",
