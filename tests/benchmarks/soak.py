@@ -177,10 +177,11 @@ def wait_for_moment(moment: str, run: Run, moments: random.Random, seconds: floa
         while time.monotonic() < end:
             if any(name.endswith(".tmp") for name in os.listdir(last.parent)):
                 return
+            time.sleep(0.0002)
     for _ in range(moments.randint(1, 3)):
         saved = last.stat().st_mtime_ns
         while last.stat().st_mtime_ns == saved and time.monotonic() < end:
-            pass  # saved first, then validated
+            time.sleep(0.0005)  # saved first, then validated
 
 
 # ---- stop ----
