@@ -107,6 +107,12 @@ def test_every_place_of_the_split_can_be_read():
     assert starts == set(range(16))  # the last block ends with the last character
 
 
+@pytest.mark.parametrize("Blocks", [RandomBlocks, EpochBlocks])
+def test_reading_begins_with_the_first_batch(Blocks):
+    blocks = Blocks(TOKENS, block_size=8, batch_size=4, seed=1)
+    assert torch.equal(next(iter(blocks)), blocks[0])
+
+
 def test_a_split_of_one_block_fills_a_batch():
     assert (
         RandomBlocks(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
