@@ -112,6 +112,12 @@ def test_python_reference_is_always_there(data_dir):
         assert (len(text), len(corpus.vocabulary)) == (465_048, 103)
 
 
+def test_a_python_without_its_reference_says_so(data_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # importing it fails
+    with pytest.raises(CorpusError, match="this Python comes without pydoc_data"):
+        open_text("python-reference", data_dir)
+
+
 def test_python_reference_is_written_again_if_it_differs(data_dir):
     whole = open_text("python-reference", data_dir)
     write(whole.path, "another text")
