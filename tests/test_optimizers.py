@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from chargpt.training.optimizers import SCHEDULES, MuonAdamW, orthogonalize
+from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, MuonAdamW, orthogonalize
 
 
 def draw(*shape, seed=0):
@@ -33,6 +33,17 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(shape):
     middle = u.mT @ result @ vh.mT
     assert torch.allclose(middle, torch.diag_embed(middle.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
     assert middle.diagonal(dim1=-2, dim2=-1).min() > 0
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_each_iteration_is_polar_express_polynomial_of_the_singular_values(iterations):
+    """Amsel et al. 2025, algorithm 1: divided by 1.01 times the Frobenius norm, then odd polynomials."""
+    matrix = draw(12, 20)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / (1.01 * s.square().sum().sqrt())
+    for a, b, c in POLAR_EXPRESS[:iterations]:
+        s = a * s + b * s**3 + c * s**5
+    assert torch.allclose(orthogonalize(matrix, iterations), u @ s.diag() @ vh, atol=1e-4)
 
 
 def test_more_iterations_come_closer():

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
 
 from chargpt.checkpoints import CheckpointError, read_checkpoint
-from chargpt.training.checkpointing import best_checkpoint_callback
+from chargpt.training.checkpointing import best_checkpoint_callback, plain_reason
 from chargpt.training.module import TrainingError
 from chargpt.training.resume import LastCheckpoint
 
@@ -199,6 +199,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 
 # ---- whole or absent ----
+
+
+def test_the_reason_is_what_the_system_said_behind_what_torch_made_of_it():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904    as torch does
+    except RuntimeError as error:
+        assert plain_reason(error) == "No space left on device"
+    assert plain_reason(RuntimeError("basic_ios::clear\nat line 5")) == "basic_ios::clear"
 
 
 def test_a_full_disk_costs_the_checkpoint_being_written_and_no_other(tmp_path, monkeypatch):

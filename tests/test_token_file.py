@@ -38,6 +38,12 @@ def test_a_text_file_is_encoded_as_it_stands(tmp_path, data_dir):
         corpus.tokens[0] = 1
 
 
+def test_the_last_character_of_unicode_is_one_like_any_other(tmp_path, data_dir):
+    text = "a" + chr(sys.maxunicode) + "b" + chr(sys.maxunicode - 1)
+    corpus = open_text(write(tmp_path / "a.txt", text), data_dir)
+    assert corpus.vocabulary.decode(corpus.tokens) == text
+
+
 def test_nothing_is_written_beside_a_users_file(tmp_path, data_dir, cache):
     path = tmp_path / "mine" / "a.txt"
     write(path, "some text")
