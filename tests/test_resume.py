@@ -140,6 +140,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, recipe, hook, nth, by, left):
     rest = train(tmp_path, ckpt_path=last(tmp_path))
     assert_same_end(whole, rest)
     assert len(rest[0]) == left
+    # One best checkpoint, also where its validation was repeated.
+    assert len([path for path in last(tmp_path).parent.iterdir() if path.stem != "last"]) == 1
 
 
 # What depends on how much of the run is over, so that a run of more steps is another run.
