@@ -156,15 +156,20 @@ def test_contexts_grow(tmp_path):
 @pytest.mark.parametrize("model", [{}, MUON])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
-    """Ten steps go the way that they go in float32."""
+    """Ten steps go the way that they go in float32, from the same weights."""
+
+    class StartAlike(Callback):  # some versions of torch draw other numbers in bfloat16
+        def on_fit_start(self, trainer, module):
+            start.build(module.vocabulary)
+            module.load_state_dict(start.state_dict())
+
     model = model | dict(dropout=0.0)
+    start = make_module(**model)
     trainer = dict(
         max_steps=10, limit_val_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.1
     )
-    _, low, _ = train(tmp_path, model=model, precision=precision, **trainer)
-    _, full, _ = train(tmp_path, model=model, **trainer)
-    start = make_module(**model)
-    start.build(full.vocabulary)
+    _, low, _ = train(tmp_path, StartAlike(), model=model, precision=precision, **trainer)
+    _, full, _ = train(tmp_path, StartAlike(), model=model, **trainer)
     begin, a, b = (
         torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full)
     )
