@@ -194,7 +194,7 @@ def stop(root: Path, runs: int, moments: random.Random) -> Iterator[bool]:
         for number in range(1, runs + 1):
             run = Run(root / f"{world}-{number}", world=world)
             run.wait_for_checkpoint()
-            time.sleep(moments.uniform(0, 0.7 * seconds))
+            time.sleep(moments.uniform(0, 0.4 * seconds))  # before it is over
             signum = moments.choice((signal.SIGINT, signal.SIGTERM))
             asked, asked_at = time.monotonic(), time.time()
             run.send(signum, to_all=signum == signal.SIGINT or moments.random() < 0.5)
