@@ -106,6 +106,7 @@ class GPTConfig:
         return max(self.ngrams or (), default=1) - 1
 
 
+# The rule of a share, and what tells whether it holds; for `check`.
 SHARE = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 

@@ -35,6 +35,14 @@ def test_a_run_in_which_another_process_trains_is_refused(run, command):
     assert command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=12").status == 0
 
 
+def test_a_run_that_cannot_resume_keeps_its_settings(run, command):
+    before = (run / RUN / "config.yaml").read_bytes()
+    flags = ["--trainer.max_steps=12", "--data.corpus=none.txt"]
+    result = command(run, "fit", "--ckpt_path=last", *flags)
+    assert (result.status, "there is no text" in result.err) == (1, True)
+    assert (run / RUN / "config.yaml").read_bytes() == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
 def test_a_killed_process_leaves_a_lock_that_blocks_nobody_and_its_half_written_file_goes(
     run, command

@@ -13,8 +13,8 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -105,7 +105,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             GPTModule,
             CharDataModule,
-            save_config_callback=None,  # `run` writes it into the folder of the run
+            save_config_callback=None,  # `save_config` writes into the folder of the run
             trainer_class=TypedTrainer,
             run=False,
             args=args,
@@ -240,6 +240,8 @@ class TrainingCLI(LightningCLI):
         folder, ours = self.run_path, []
         if self.command == "fit":
             ours += [Summary(folder), Throughput(), TextSamples()]
+        if self.folder:
+            ours.append(LambdaCallback(setup=lambda *_, stage: self.save_config()))
         bar = config.enable_progress_bar is not False and not config.barebones
         if bar and not any(isinstance(callback, AnyProgressBar) for callback in given):
             ours.append(ProgressBar())
@@ -250,6 +252,11 @@ class TrainingCLI(LightningCLI):
             ours += [best, LastCheckpoint(best), FinalScore(best)]
         return ours
 
+    def save_config(self) -> None:
+        """Write config.yaml once the text is there: a run that cannot resume keeps its own."""
+        path = self.folder.path / checkpoints.CONFIG
+        self.parser.save(self.given, path, skip_unset=False, overwrite=True)
+
     # ---- what is run ----
 
     def run(self) -> None:
@@ -257,9 +264,6 @@ class TrainingCLI(LightningCLI):
         if self.command != "fit":
             say(f"checkpoint {self.checkpoint_path}")
         self.datamodule.expected_digest = self.corpus_digest
-        if self.folder:
-            path = self.folder.path / checkpoints.CONFIG
-            self.parser.save(self.given, path, skip_unset=False, overwrite=True)
         method = getattr(self.trainer, self.command)
         verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
         try:

@@ -8,7 +8,8 @@ kill: SIGKILL to all processes of a run, in turn at any moment between its first
 end, while it saves a checkpoint, and while it validates.
 
 stop: Ctrl-C, which all processes receive, or SIGTERM, to all or to the first alone; three processes
-and four keep the order in which they add gradients (README.md, Resume). The seconds from the signal to the checkpoint, and to the end of the last process, are printed.
+and four keep the order in which they add gradients (README.md, Resuming). The seconds from the signal
+to the checkpoint, and to the end of the last process, are printed.
 
 fault: SIGKILL while a text is encoded; a download that breaks off, or is killed; a disk that fills
 up (a tmpfs, which needs root); a clock that jumps by a day back and forth.
