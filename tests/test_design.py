@@ -80,8 +80,9 @@ PRIVATE = {
     "_foreach_lerp",
     "_foreach_lerp_",
     "_foreach_mul_",
-    "_foreach_add_",
-}  # torch's, for optimizers
+    "_foreach_add_",  # torch's, for optimizers
+    "_ddp_kwargs",  # Lightning's, in training/resume.py
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

@@ -1,4 +1,4 @@
-"""Two processes over gloo do what one does with twice the batch, and stop together."""
+"""Processes over gloo do what one does with a larger batch, and stop together."""
 
 import os
 import signal
@@ -119,15 +119,20 @@ def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, charact
 
 
 @pytest.mark.parametrize(
-    "hook, nth, by",
-    [("on_train_batch_start", 7, signal.SIGINT), ("on_validation_batch_start", 2, signal.SIGTERM)],
+    "hook, nth, by, ranks",
+    [
+        ("on_train_batch_start", 7, signal.SIGINT, 2),
+        ("on_validation_batch_start", 2, signal.SIGTERM, 2),
+        ("on_train_batch_start", 5, signal.SIGTERM, 3),  # whose sums depend on their order
+    ],
 )
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, nth, by):
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, nth, by, ranks):
     class StopSecondRank(StopAt):
         def setup(self, trainer, *_, **__):
             self.nth = self.nth if trainer.global_rank == 1 else None
 
     settings = dict(accumulate_grad_batches=2, model=dict(dropout=0.2), **TWO)
+    settings["devices"] = ranks
     train(tmp_path / "whole", **settings)
     with pytest.raises(Exception, match=f"exit code {128 + by}"):
         train(tmp_path / "parts", StopSecondRank(hook, nth, by), **settings)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from chargpt.checkpoints import LAST_NAME
 from chargpt.training.agreement import Agreement
@@ -56,6 +57,9 @@ class LastCheckpoint(Checkpoint):
         state = checkpoint["callbacks"].get(self.best.state_key)
         follow_moved_run(state, self.best.dirpath, trainer)
         self.validated_step = checkpoint["validated_step"]
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        keep_order_of_sums(trainer)
 
     # ---- stopping ----
 
@@ -129,6 +133,18 @@ class LastCheckpoint(Checkpoint):
     @property
     def path(self) -> Path:
         return Path(self.best.dirpath, f"{LAST_NAME}.ckpt")
+
+
+def keep_order_of_sums(trainer: Trainer) -> None:
+    """Let DistributedDataParallel add the gradients of three or more ranks in one order.
+
+    After its first step it puts them in other buckets, and a sum of three is rounded by the place
+    in a bucket, so that a resumed run, whose first step is another one, would end with other bits.
+    While it looks for unused parameters it leaves the buckets as they are. Lightning offers that
+    by the name of a strategy alone, chosen before the number of ranks is known.
+    """
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 2:
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
 def follow_moved_run(state: dict[str, Any] | None, folder: str | Path, trainer: Trainer) -> None:

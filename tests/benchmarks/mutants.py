@@ -43,9 +43,9 @@ TESTS = {  # a file, and the tests that should notice, the quickest first
     "chargpt/data/module.py": "test_data test_resume",
     "chargpt/data/token_file.py": "test_token_file test_data",
     "chargpt/training/optimizers.py": "test_optimizers test_module",
-    "chargpt/training/checkpointing.py": "test_run_folder test_resume test_cli",
+    "chargpt/training/checkpointing.py": "test_run_folder test_resume",
     "chargpt/training/resume.py": "test_resume test_run_folder test_distributed",
-    "chargpt/checkpoints.py": "test_module test_predict test_run_folder test_cli",
+    "chargpt/checkpoints.py": "test_checkpoints test_text_generator test_run_folder",
     "chargpt/atomic_file.py": "test_atomic_file test_token_file",
 }
 

@@ -7,9 +7,8 @@
 kill: SIGKILL to all processes of a run, in turn at any moment between its first checkpoint and its
 end, while it saves a checkpoint, and while it validates.
 
-stop: Ctrl-C, which all processes receive, or SIGTERM, to all or to the first alone; three processes
-and four keep the order in which they add gradients (README.md, Resuming). The seconds from the signal
-to the checkpoint, and to the end of the last process, are printed.
+stop: Ctrl-C, which all processes receive, or SIGTERM, to all or to the first alone. The seconds from
+the signal to the checkpoint, and to the end of the last process, are printed.
 
 fault: SIGKILL while a text is encoded; a download that breaks off, or is killed; a disk that fills
 up (a tmpfs, which needs root); a clock that jumps by a day back and forth.
@@ -45,9 +44,6 @@ trainer: {max_steps: 150, val_check_interval: 30, log_every_n_steps: 10, accumul
 model: {n_embd: 32, n_head: 2, n_layer: 2, dropout: 0.1, lr: 3.0e-3, muon_lr: 0.02, schedule: linear}
 data: {corpus: python-reference, block_size: 32, batch_size: 4, val_fraction: 0.005}
 """
-# Buckets that are built anew after the first step would change the order of a sum of three.
-KEEPS_ORDER = "ddp_find_unused_parameters_true"
-STRATEGIES = {1: "auto", 2: "ddp", 3: KEEPS_ORDER, 4: KEEPS_ORDER}
 COMMAND = "from chargpt.cli.main import main; main()"
 JUMPING_CLOCK = """
 import random, time
@@ -70,7 +66,6 @@ class Run:
         entry = ["-c", prelude + COMMAND] if prelude else ["-m", "chargpt"]
         command = [sys.executable, *entry, "fit", "--config=soak.yaml"]
         command += [f"--data.data_dir={folder.parent / 'texts'}", f"--trainer.devices={world}"]
-        command += [f"--trainer.strategy={STRATEGIES[world]}"]
         with open(folder / "log.txt", "a") as log:
             self.process = subprocess.Popen(
                 [*command, *flags],
