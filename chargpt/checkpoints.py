@@ -163,7 +163,8 @@ def network_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocab
     Raises:
         CheckpointError: its weights, settings and vocabulary do not fit each other.
     """
-    prefix, state = "gpt.", checkpoint["state_dict"]
+    prefix = "gpt."
+    state = checkpoint["state_dict"]
     try:
         weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -173,8 +174,9 @@ def network_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocab
             gpt = GPT(config, len(vocabulary))
         gpt.load_state_dict(weights)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()  # torch lists them below a headline
         raise CheckpointError(
-            f"{path} does not fit this version of chargpt: {str(error).splitlines()[0]}\n"
+            f"{path} does not fit this version of chargpt: {reason}\n"
             "take another checkpoint, or train anew"
         ) from error
     return gpt, vocabulary

@@ -196,7 +196,8 @@ def generate(
     if config.max_new_chars == 0:
         yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
-    block_size, stops = gpt.config.block_size, [list(stop) for stop in stops]
+    block_size = gpt.config.block_size
+    stops = [list(stop) for stop in stops]
     least = window_length(block_size + 1, block_size, config.exact_window)  # just after it fell
     texts = []
     for row, prompt in enumerate(prompts):

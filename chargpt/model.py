@@ -235,9 +235,12 @@ class KVCache:
         """
         if self.end + T > self.memory.size(-2):
             self.move_to_front()
-        first, device = min(self.starts), self.memory.device
-        aligned, length, mask = first == max(self.starts), self.end - first, None
-        positions = torch.arange(length, length + T, device=device)  # (T,), of the longest text
+        device = self.memory.device
+        first = min(self.starts)
+        length = self.end - first  # of the longest text
+        aligned = first == max(self.starts)
+        positions = torch.arange(length, length + T, device=device)  # (T,)
+        mask = None
         if not aligned or (T > 1 and length > 0):
             places = torch.arange(length + T, device=device)  # (S,)
             mask = (places <= positions.unsqueeze(1))[None, None]  # (1, 1, T, S): causal
@@ -397,12 +400,13 @@ class NgramEmbedding(nn.Module):
     def forward(self, ids: Tensor, preceding: Tensor) -> Tensor:
         """From ids (B, T) and those before them, (B, largest n - 1), 0 where there are none."""
         # Id 0 is a character too; that it stands for none as well costs next to nothing.
-        T, whole = ids.size(1), torch.cat((preceding, ids), dim=1)  # (B, n - 1 + T)
-        at, first = preceding.size(1), 0
+        T, start = ids.size(1), preceding.size(1)
+        whole = torch.cat((preceding, ids), dim=1)  # (B, n - 1 + T)
         lookups: list[Any] = []  # the row of each n-gram, a table after the other
+        first = 0
         for n, rows in self.ngrams.items():
             factors = self.FACTORS[:n]
-            hashed = sum(f * whole[:, at - i : at - i + T] for i, f in enumerate(factors))
+            hashed = sum(f * whole[:, start - i : start - i + T] for i, f in enumerate(factors))
             lookups.append(first + hashed % rows)  # (B, T)
             first += rows
         vectors = self.table(torch.stack(lookups, dim=-1))  # (B, T, tables, C)
@@ -422,8 +426,10 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
-        C, learned, make_norm = config.n_embd, config.position == "learned", NORMS[config.norm]
         self.config = config
+        C = config.n_embd
+        learned = config.position == "learned"
+        make_norm = NORMS[config.norm]
         self.token_embedding = nn.Embedding(vocab_size, C)
         self.position_embedding = nn.Embedding(config.block_size, C) if learned else None
         self.ngram_embedding = NgramEmbedding(config) if config.ngrams else None

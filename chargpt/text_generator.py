@@ -119,7 +119,8 @@ class TextGenerator(nn.Module):
         """
         if len(text) < 2:
             raise ValueError("a text of fewer than two characters has none to predict")
-        network, T = inference_copy(self.gpt), self.gpt.config.block_size
+        network = inference_copy(self.gpt)
+        T = self.gpt.config.block_size
         ids = torch.tensor(self.encode(text), device=self.gpt.token_embedding.weight.device)
         parts = []
         for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):

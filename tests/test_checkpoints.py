@@ -123,6 +123,34 @@ def test_a_file_without_our_parts_is_of_another_project(tmp_path, part, held):
         checkpoints.read_checkpoint(tmp_path / "b.ckpt")
 
 
+class Code:
+    """What a pickle would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("where", ["state_dict", "hyper_parameters", "extra"])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, where):
+    checkpoint = checkpoint_of(GPTConfig(**SIZES)) | {where: Code(tmp_path / "run")}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="holds code"):
+        checkpoints.read_checkpoint(tmp_path / "a.ckpt")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, size):
+    torch.save(checkpoint_of(GPTConfig(**SIZES)), path := tmp_path / "a.ckpt")
+    data = path.read_bytes()
+    path.write_bytes(data[: size if isinstance(size, int) else int(size * len(data))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        checkpoints.read_checkpoint(path)
+
+
 def test_a_file_that_cannot_be_opened_says_why(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*: \w+"):
         checkpoints.read_checkpoint(tmp_path)
@@ -173,6 +201,12 @@ def test_sizes_are_refused_before_memory_is_asked_for(change, said):
     with pytest.raises(CheckpointError, match=said) as error:
         checkpoints.network_of(checkpoint, "a.ckpt")
     assert str(error.value).startswith("a.ckpt does not fit")
+
+
+def test_weights_of_another_shape_are_named():
+    checkpoint = checkpoint_of(GPTConfig(**SIZES)) | dict(vocabulary="abc")
+    with pytest.raises(CheckpointError, match=r"size mismatch for head.bias: .*\n\w"):
+        checkpoints.network_of(checkpoint, "a.ckpt")
 
 
 def test_a_rotary_network_may_look_at_any_length():

@@ -237,7 +237,8 @@ class TrainingCLI(LightningCLI):
     def callbacks(self, config: Any) -> list[Callback]:
         """Ours, beside those of the configuration."""
         given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        folder, ours = self.run_path, []
+        folder = self.run_path
+        ours: list[Callback] = []
         if self.command == "fit":
             ours += [Summary(folder), Throughput(), TextSamples()]
         if self.folder:

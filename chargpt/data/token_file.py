@@ -103,8 +103,10 @@ def encode(text: Text) -> Corpus:
 
 def survey(text: Text) -> tuple[Vocabulary, int, str]:
     """The first pass: the vocabulary of a text, its number of characters, its SHA-256."""
-    length, digest = 0, hashlib.sha256()
-    seen, seen_ascii = np.zeros(sys.maxunicode + 1, dtype=bool), b""
+    length = 0
+    digest = hashlib.sha256()
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    seen_ascii = b""
     for piece in read_pieces(text):
         digest.update(piece)
         length += len(piece) if piece.isascii() else len(piece.decode())
