@@ -1,6 +1,8 @@
 """Which command is run, and how it ends: errors that a user can cause are a line or two."""
 
+import atexit
 import difflib
+import gc
 import os
 import sys
 import warnings
@@ -31,6 +33,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout = sys.stderr
     warnings.showwarning = show_warning  # type: ignore[assignment]
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the same for torch's C++
+    atexit.register(gc.freeze)  # Python would look for garbage in all libraries, for a second or two
     if command in ("-h", "--help"):
         print_help()
     elif command == "--version":
