@@ -33,7 +33,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout = sys.stderr
     warnings.showwarning = show_warning  # type: ignore[assignment]
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the same for torch's C++
-    atexit.register(gc.freeze)  # Python would look for garbage in all libraries, for a second or two
+    atexit.register(gc.freeze)  # else Python looks for garbage in all libraries, for a second
     if command in ("-h", "--help"):
         print_help()
     elif command == "--version":
