@@ -52,3 +52,13 @@ def test_what_a_killed_process_leaves_is_swept_by_the_next_who_writes_that_file(
         file.write(b"whole")
     (left,) = tmp_path.glob(".*.tmp")
     assert left.name.startswith(".other.txt.")
+
+
+@ON_UNIX
+def test_what_another_has_only_just_opened_is_not_swept(tmp_path):
+    """It may not hold its lock yet."""
+    begun = tmp_path / ".a.txt.0123.tmp"
+    begun.touch()
+    with atomic_write(tmp_path / "a.txt") as file:
+        file.write(b"whole")
+    assert begun.exists()
