@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="of a window; block_size unless given")
     parser.add_argument("--lr", type=float, default=4e-5, help="of adapting")
     parser.add_argument("--share", type=float, default=0.2, help="of the cache")
-    parser.add_argument("--sharpness", type=float, default=20.0, help="of the cache")
+    parser.add_argument("--sharpness", type=float, default=30.0, help="of the cache")
     parser.add_argument("--characters", type=int, help="only so many, for a quick look")
     names = ["frozen", "sliding", "adapting", *COMPRESSORS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
