@@ -189,6 +189,17 @@ def test_the_best_checkpoint_of_a_run_can_be_gone_on_from(tmp_path, recipe):
     assert_same_end(whole, (whole[0][-1:], train(tmp_path, ckpt_path=best)[1]))
 
 
+def test_validating_alone_saves_nothing(tmp_path):
+    with pytest.raises(Killed):  # after Lightning's sanity check
+        run(tmp_path, StopAt("on_train_start", 1, None), num_sanity_val_steps=1)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    run(tmp_path, max_steps=4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
+    trainer, begin = make_trainer(tmp_path), dict(ckpt_path=last(tmp_path), weights_only=True)
+    trainer.validate(make_module(), make_data(tmp_path), verbose=False, **begin)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == before
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     best = best_checkpoint_callback()
     callback = LastCheckpoint(best)

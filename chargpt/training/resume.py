@@ -36,7 +36,7 @@ class LastCheckpoint(Checkpoint):
         self.best = best
         self.received = 0
         self.received_at = 0.0
-        self.saved_step = -1
+        self.saved_step: int | None = None
         self.validated_step = 0  # the last one after which there was a validation
         self.agreement = Agreement()
 
@@ -99,7 +99,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # Its score is not in what was saved before; a killed run scores this step again.
-            self.saved_step = -1
+            self.saved_step = None
             self.stop_if_asked(trainer, self.agreement.ask(trainer, self.received))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
