@@ -60,26 +60,30 @@ class NeuralCache:
     """Neural cache: what followed features like these, by their cosine.
 
     Args:
+        n: characters that it can remember.
+        channels: of the features.
         share: of its probabilities in the mixture with the network's.
         sharpness: the larger, the more alike features must be to count.
     """
 
-    def __init__(self, share: float, sharpness: float) -> None:
+    def __init__(self, n: int, channels: int, share: float, sharpness: float) -> None:
         self.share, self.sharpness = share, sharpness
-        self.features: list[Tensor] = []
-        self.followers: list[Tensor] = []
+        self.features = torch.empty(n, channels)
+        self.followers = torch.empty(n, dtype=torch.long)
+        self.n = 0  # remembered so far
 
     def mixed(self, losses: Tensor, features: Tensor, followers: Tensor) -> Tensor:
         """Losses (T,) of the characters that follow features (T, C), mixed; takes both in."""
         features = F.normalize(features, dim=-1)
-        if self.features:
-            alike = self.sharpness * features @ torch.cat(self.features).T  # (T, remembered)
-            same = torch.cat(self.followers) == followers[:, None]
+        if self.n:
+            alike = self.sharpness * features @ self.features[: self.n].T  # (T, n)
+            same = self.followers[: self.n] == followers[:, None]
             # The share of the remembered weight that lies on the right character.
             cached = (alike.softmax(-1) * same).sum(-1)
             losses = -torch.log((1 - self.share) * (-losses).exp() + self.share * cached)
-        self.features.append(features)
-        self.followers.append(followers)
+        new = slice(self.n, self.n + len(followers))
+        self.features[new], self.followers[new] = features, followers
+        self.n = new.stop
         return losses
 
 
@@ -87,7 +91,7 @@ def read(gpt: GPT, tokens: Tensor, options: argparse.Namespace, lr: float) -> tu
     """Mean loss of a sliding window, alone and with a cache; with a learning rate it learns."""
     gpt = copy.deepcopy(gpt)
     adam = torch.optim.Adam(gpt.parameters(), lr=lr)
-    cache = NeuralCache(options.share, options.sharpness)
+    cache = NeuralCache(len(tokens), gpt.config.n_embd, options.share, options.sharpness)
     alone = mixed = 0.0
     for start in range(1, len(tokens), options.piece):
         end = min(start + options.piece, len(tokens))
