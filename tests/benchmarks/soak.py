@@ -86,12 +86,11 @@ class Run:
             time.sleep(0.005)
 
     def wait_for_all(self) -> None:
-        """Until no process of the group is left."""
+        """Until no process of the group runs; one that has ended may wait for init to take note."""
         self.process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.005)
+        states = ["ps", "-o", "stat=", "-g", str(self.process.pid)]
+        while subprocess.run(states, capture_output=True, text=True).stdout.strip(" \nZs+l<N"):
+            time.sleep(0.005)
 
     def finish(self) -> dict:
         """Wait for the end; returns the last checkpoint."""
