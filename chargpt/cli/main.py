@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
             fail("standard output is closed: there is nowhere to write to")
         sys.stdout = sys.stderr
     warnings.showwarning = show_warning  # type: ignore[assignment]
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the same for torch's C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # none of torch's C++ either
     atexit.register(gc.freeze)  # else Python looks for garbage in all libraries, for a second
     if command in ("-h", "--help"):
         print_help()

@@ -140,8 +140,8 @@ def keep_order_of_sums(trainer: Trainer) -> None:
 
     After its first step it puts them in other buckets, and a sum of three is rounded by the place
     in a bucket, so that a resumed run, whose first step is another one, would end with other bits.
-    While it looks for unused parameters it leaves the buckets as they are. Lightning offers that
-    by the name of a strategy alone, chosen before the number of ranks is known.
+    While it looks for unused parameters it leaves the buckets as they are. Lightning takes that
+    setting where a strategy is made, before the number of ranks is known.
     """
     if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 2:
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
