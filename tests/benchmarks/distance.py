@@ -1,7 +1,7 @@
 """How far a network is from what can be known of a text: frozen, with more context, and adapting.
 
     python tests/benchmarks/distance.py                                  # newest run's best checkpoint
-    python tests/benchmarks/distance.py --ckpt_path path/to.ckpt --context 256 --lr 4e-5
+    python tests/benchmarks/distance.py --ckpt_path path/to.ckpt --context 256
 
 Figures for the validation split, in nats per character, each of them once:
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--ckpt_path", default="best")
     parser.add_argument("--piece", type=int, default=32, help="characters scored at a time")
     parser.add_argument("--context", type=int, help="of a window; block_size unless given")
-    parser.add_argument("--lr", type=float, default=4e-5, help="of adapting")
+    parser.add_argument("--lr", type=float, default=2e-5, help="of adapting")
     parser.add_argument("--share", type=float, default=0.2, help="of the cache")
     parser.add_argument("--sharpness", type=float, default=30.0, help="of the cache")
     parser.add_argument("--characters", type=int, help="only so many, for a quick look")
