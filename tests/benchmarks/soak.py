@@ -89,7 +89,10 @@ class Run:
         """Until no process of the group runs; one that has ended may wait for init to take note."""
         self.process.wait()
         states = ["ps", "-o", "stat=", "-g", str(self.process.pid)]
-        while subprocess.run(states, capture_output=True, text=True).stdout.strip(" \nZs+l<N"):
+        while any(
+            not state.startswith("Z")  # a zombie
+            for state in subprocess.run(states, capture_output=True, text=True).stdout.split()
+        ):
             time.sleep(0.005)
 
     def finish(self) -> dict:
