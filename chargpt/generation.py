@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chargpt.model import GPT, KVCache, check
+from chargpt.model.gpt import GPT, KVCache, check
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chargpt.model import GPT, Block, MultiHeadAttention
+from chargpt.model.gpt import GPT, Block, MultiHeadAttention
 
 
 class Layer(NamedTuple):

@@ -54,7 +54,15 @@ def test_lightning_stays_in_its_rooms(path):
 
 @pytest.mark.parametrize("module", ["vocabulary", "model", "generation", "textbook"])
 def test_the_afternoons_files_know_nothing_of_the_workshop(module):
-    names = ("vocabulary", "model", "generation", "textbook", "textbook_walk")
+    names = (
+        "vocabulary",
+        "model",
+        "model.errors",
+        "model.gpt",
+        "generation",
+        "textbook",
+        "textbook_walk",
+    )
     afternoon = {f"chargpt.{name}" for name in names}
     assert reaches(f"chargpt.{module}") - {OURS} <= afternoon
 
@@ -153,12 +161,12 @@ def test_a_setting_of_the_network_is_one_declaration(folder):
     """In a copy of the package with one field more: the flag, the help and all else follow."""
     copy = folder / "copy" / "chargpt"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (copy / "model.py").read_text(encoding="utf-8")
+    source = (copy / "model" / "gpt.py").read_text(encoding="utf-8")
     assert source.count(DECLARATION) == 1
     field = DECLARATION + '    """Blocks."""\n    foo: int = 3\n    """How much foo."""\n'
     blocks = DECLARATION + '    """Blocks, one after the other."""\n'
     assert blocks in source
-    (copy / "model.py").write_text(source.replace(blocks, field), encoding="utf-8")
+    (copy / "model" / "gpt.py").write_text(source.replace(blocks, field), encoding="utf-8")
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy.parent),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from reference import named_as_in_gpt, reference_of
 
-from chargpt.model import GPT, GPTConfig, NgramEmbedding
+from chargpt.model.gpt import GPT, GPTConfig, NgramEmbedding
 
 SIZES = dict(block_size=12, n_embd=24, n_head=3, n_layer=2)
 SWITCHES = {

@@ -22,7 +22,7 @@ from chargpt.export import page
 from chargpt.export.page import KNOWN, as_script_data, check_known, export, figures
 from chargpt.generation import GenerationConfig, sample, uniform
 from chargpt.inspection import inspect
-from chargpt.model import ACTIVATIONS, GPT, NORMS, GPTConfig
+from chargpt.model.gpt import ACTIVATIONS, GPT, NORMS, GPTConfig
 from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import UnknownCharacterError, Vocabulary
 

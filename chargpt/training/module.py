@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from chargpt.checkpoints import CheckpointError, config_of, rename_ngrams, upgrade
-from chargpt.model import GPT, SHARE, GPTConfig, check
+from chargpt.model.gpt import GPT, SHARE, GPTConfig, check
 from chargpt.training.agreement import Agreement, elapsed_share
 from chargpt.training.optimizers import POLAR_EXPRESS, SCHEDULES, make_optimizer
 from chargpt.vocabulary import Vocabulary

@@ -2,7 +2,7 @@
 
     pip install cosmic-ray
     python tests/benchmarks/mutants.py --each 30
-    python tests/benchmarks/mutants.py chargpt/model.py --each 100 --seed 1
+    python tests/benchmarks/mutants.py chargpt/model/gpt.py --each 100 --seed 1
 
 Of every place that one of cosmic-ray's operators can change (a number by one, an operator or a
 comparison into another, a condition into its opposite, `break` into `continue`, a decorator away, a
@@ -36,7 +36,7 @@ from cosmic_ray.mutating import mutate_code
 
 PROJECT = Path(__file__).resolve().parents[2]
 TESTS = {  # a file, and the tests that should notice, the quickest first
-    "chargpt/model.py": "test_model test_generation test_text_generator test_compile",
+    "chargpt/model/gpt.py": "test_model test_generation test_text_generator test_compile",
     "chargpt/generation.py": "test_generation test_text_generator test_predict",
     "chargpt/data/blocks.py": "test_data",
     "chargpt/data/corpus.py": "test_corpus test_token_file",
