@@ -3,20 +3,23 @@
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
-# The module of each public part. It is imported when it is first used: writing needs no Lightning.
+# The module of each public name, imported at its first use: generating text needs no Lightning.
 MODULES = {
     "GPT": "chargpt.model",
     "GPTConfig": "chargpt.model",
     "KVCache": "chargpt.model",
+    "UserError": "chargpt.model",
     "Vocabulary": "chargpt.vocabulary",
     "GenerationConfig": "chargpt.generation",
     "TextGenerator": "chargpt.text_generator",
     "load": "chargpt.text_generator",
+    "save": "chargpt.checkpoints",
     "inspect": "chargpt.inspection",
     "CharDataModule": "chargpt.data",
-    "GPTModule": "chargpt.training.module",
+    "GPTModule": "chargpt.training",
+    "make_trainer": "chargpt.training",
 }
 
 __all__ = list(MODULES)

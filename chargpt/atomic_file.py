@@ -1,4 +1,4 @@
-"""Atomic writing: a file is whole or absent, whatever happens while it is written."""
+"""Atomic writing: readers find the old file or the new one, never a part of it."""
 
 import glob
 import os
@@ -8,46 +8,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows, which lets nobody remove a file that is open
-    fcntl = None
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` if all goes well, else leaves nothing.
+    """Open a temporary file that replaces `path` at the end, or is deleted after an error.
 
-    It is written beside `path` and renamed when the disk has it: whoever reads finds the old file
-    or the new one. Of several processes that do this at once the last one wins. What a process
-    that was killed has left of `path` is removed. Folders that are missing are made.
+    If several processes write at once, the last one wins. Files of killed processes are deleted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with suppress(OSError):
+                if leftover.stat().st_size:  # an empty file may not be locked yet
+                    with open(leftover, "rb") as file:
+                        lock(file)  # fails while another process is writing it
+                    leftover.unlink()
         with open(temporary, "xb") as file:
-            with suppress(OSError):  # a file system without locks: nothing is swept there
+            with suppress(OSError):  # without locks nothing is deleted
                 lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # name the file that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sweep(path: Path) -> None:
-    """Remove half-written files of `path` whose writer is gone: it would hold a lock."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
-            with open(left, "rb") as file:
-                lock(file)  # fails where somebody writes
-                begun = os.fstat(file.fileno()).st_size > 0  # an empty one may not be locked yet
-            if begun:
-                left.unlink()
+            temporary.unlink()
 
 
 def lock(file: BinaryIO) -> None:
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with suppress(ImportError):  # Windows, where an open file cannot be deleted anyway
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        flock(file, LOCK_EX | LOCK_NB)

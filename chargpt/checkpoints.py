@@ -1,197 +1,193 @@
-"""Checkpoints: where runs keep them, reading one without running code from it, and its network.
+"""Checkpoints: where runs store them, and the network of one.
 
-lightning_logs/version_3/checkpoints/step=250-val_loss=1.8123.ckpt    the best so far
-lightning_logs/version_3/checkpoints/last.ckpt                        the last step
+lightning_logs/version_3/checkpoints/best.ckpt    the lowest validation loss so far
+lightning_logs/version_3/checkpoints/last.ckpt    the last step
 """
 
+import math
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from chargpt.model import GPT, GPTConfig
+import chargpt
+from chargpt.atomic_file import atomic_write
+from chargpt.checkpoint_file import check_weights, read_tensors_and_plain_values
+from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.vocabulary import Vocabulary
 
 LOGS = "lightning_logs"
-BEST_NAME = "step={step}-val_loss={val_loss:.4f}"  # Lightning fills in the metrics
-LAST_NAME = "last"
-CONFIG = "config.yaml"  # a run's settings, in its folder
-PARTS = {  # of a checkpoint of ours, beside what Lightning adds
-    "vocabulary": str,
+FOLDER = "checkpoints"  # in the folder of a run
+BEST = "best.ckpt"
+LAST = "last.ckpt"
+NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
+PARTS = {
     "state_dict": dict,
     "hyper_parameters": dict,
     "datamodule_hyper_parameters": dict,
     "global_step": int,
+    "vocabulary": str,
+    "chargpt": dict,
 }
-
-
-class CheckpointError(ValueError):
-    """No checkpoint where one is needed, or a file that is not one of ours."""
+TRAINING_PARTS = {"loops": dict, "callbacks": dict, "optimizer_states": list}
 
 
 def newest_run(root: str | Path = ".") -> Path:
-    """The run under `root`/lightning_logs whose checkpoint was written last.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    checkpoints = list(Path(root, LOGS).glob("*/checkpoints/*.ckpt"))
-    if not checkpoints:
-        raise CheckpointError(
-            f"no run with a checkpoint under {Path(root, LOGS).absolute()}\n"
-            "train one first: python -m chargpt fit --config cpu"
+    """The run under `root`/lightning_logs whose checkpoint was written last."""
+    found = [path for name in (LAST, BEST) for path in Path(root, LOGS).glob(f"*/{FOLDER}/{name}")]
+    if not found:
+        raise UserError(
+            f"no run with a checkpoint in {Path(root, LOGS).absolute()}\n"
+            "train a model first: python -m chargpt fit --config cpu"
         )
-    newest = max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.parts))
-    return newest.parents[1]
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.parts)).parents[1]
 
 
-def new_run(logs: Path) -> Path:
-    """Make the folder of a new run; two that start together take two."""
-    version = 1 + max(
-        (int(name[8:]) for path in logs.glob("version_*") if (name := path.name)[8:].isdigit()),
-        default=-1,
-    )
+def new_run(root: str | Path) -> Path:
+    """Create `root`/lightning_logs/version_N; processes that start together get different ones."""
+    names = (path.name.removeprefix("version_") for path in Path(root, LOGS).glob("version_*"))
+    number = 1 + max((int(name) for name in names if name.isdecimal()), default=-1)
     while True:
+        run = Path(root, LOGS, f"version_{number}").absolute()
         try:
-            (run := logs / f"version_{version}").mkdir(parents=True)
+            run.mkdir(parents=True)
             return run
         except FileExistsError:
-            version += 1
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot create the folder {run}: {error.strerror}") from error
 
 
-def run_of(checkpoint: Path | None) -> Path | None:
-    """The folder of the run that a checkpoint belongs to; None for one that lies alone."""
-    folder = checkpoint and checkpoint.absolute().parent
-    if folder and folder.name == "checkpoints" and (folder.parent / CONFIG).is_file():
-        return folder.parent
-    return None
-
-
-def best_checkpoint(run: Path) -> Path:
-    """The checkpoint of lowest validation loss, or the last where the run has not validated yet."""
-    scores = {}
-    for path in run.glob("checkpoints/*.ckpt"):
-        if match := re.search(r"val_loss=(\d+\.\d+)", path.name):
-            scores[path] = (float(match[1]), -path.stat().st_mtime_ns)
-    return min(scores, key=scores.__getitem__) if scores else last_checkpoint(run)
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The checkpoint of the last step, or the newest there is where the run was cut short."""
-    last = run / "checkpoints" / f"{LAST_NAME}.ckpt"
-    if last.exists():
-        return last
-    return max(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None for a file stored elsewhere."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == FOLDER else None
 
 
 def resolve_checkpoint(name: str | Path | None, root: str | Path = ".") -> Path:
-    """The file that "best" (or None), "last" or a path stands for.
-
-    Raises:
-        CheckpointError: there is no such file, or no run yet.
-    """
-    if name in (None, "best"):
-        return best_checkpoint(newest_run(root))
-    if name == "last":
-        return last_checkpoint(newest_run(root))
-    path = Path(name).expanduser()
+    """The file that "best" (or None) or "last" of the newest run, or a path, refers to."""
+    if name in (None, "best", "last"):
+        folder = newest_run(root) / FOLDER
+        names = (LAST, BEST) if name == "last" else (BEST, LAST)
+        return next(path for path in map(folder.joinpath, names) if path.exists())
+    path = Path(str(name)).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder\nname a file, such as {path / FOLDER / LAST}")
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path.absolute()}")
+        raise UserError(f"no checkpoint at {path.absolute()}")
     return path
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load tensors and plain values, onto the CPU; code in the file is refused, not run.
+    """Load a checkpoint's tensors and plain values onto the CPU.
 
     Raises:
-        CheckpointError: the file is truncated, of another project, or holds more than plain values.
+        UserError: the file is damaged, contains code, or is not a checkpoint of this version.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read checkpoint {path}: {error.strerror or error}"
-        ) from error
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is truncated, damaged, or holds code\n"
-            "take an earlier checkpoint with --ckpt_path PATH, or train anew"
-        ) from error
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(name), kind) for name, kind in PARTS.items()
+    checkpoint = read_tensors_and_plain_values(Path(path))
+    if not isinstance(checkpoint, dict) or not (
+        all(isinstance(checkpoint.get(name), kind) for name, kind in PARTS.items())
+        and all(isinstance(checkpoint.get(n, k()), k) for n, k in TRAINING_PARTS.items())
     ):
-        raise CheckpointError(
-            f"{path} is a checkpoint of another project or another version of this one\n"
-            "chargpt reads the checkpoints that `python -m chargpt fit` writes"
+        raise UserError(
+            f"{path} is not a checkpoint of chargpt {chargpt.__version__}: another version or "
+            "another project wrote it\nread it with the program that wrote it, or train again"
         )
-    upgrade(checkpoint)
     return checkpoint
 
 
-def upgrade(checkpoint: dict[str, Any]) -> None:
-    """Give what a checkpoint of version 0.1 holds its names of today, and what it lacks a value."""
-    settings = checkpoint["hyper_parameters"]
-    rename_ngrams(settings)
-    for name, value in dict(ngram_dropout=0.0, second_target=0.0, eps=1e-8).items():
-        settings.setdefault(name, value)
-    checkpoint.get("datamodule_hyper_parameters", {}).setdefault("order", "random")
-    for key in ("state_dict", "current_model_state"):  # the second where weights were averaged
-        state = checkpoint.get(key) or {}
-        if "gpt.trigram_embedding.table.weight" in state:
-            table = state.pop("gpt.trigram_embedding.table.weight")
-            state["gpt.ngram_embedding.table.weight"] = table
-
-
-def rename_ngrams(settings: dict[str, Any]) -> None:
-    """Version 0.1 had n-gram embeddings of three characters alone."""
-    if "trigram_rows" in settings:
-        rows = settings.pop("trigram_rows")
-        settings["ngrams"] = None if type(rows) is int and rows == 0 else {3: rows}
-
-
-def config_of(hyper_parameters: dict[str, Any]) -> GPTConfig:
-    """The settings of the network among the hyperparameters of a checkpoint."""
-    known = {field.name for field in fields(GPTConfig)}
-    return GPTConfig(**{name: hyper_parameters[name] for name in known & hyper_parameters.keys()})
-
-
-def network_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocabulary]:
-    """Build the network of a checkpoint that has been read, and its vocabulary.
+def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vocabulary]:
+    """The network of a checkpoint, with its weights, and its vocabulary.
 
     Raises:
-        CheckpointError: its weights, settings and vocabulary do not fit each other.
+        UserError: weights, settings and vocabulary do not fit each other, or a setting of the
+            network is unknown to this version.
     """
-    prefix = "gpt."
-    state = checkpoint["state_dict"]
+    names, settings = checkpoint["chargpt"].get("network", []), checkpoint["hyper_parameters"]
+    for name in names:
+        if name not in NETWORK_SETTINGS or name not in settings:
+            raise UserError(
+                f"{path} has the network setting {str(name)[:80]!r}, which this version of chargpt "
+                "does not support\nread it with the version that wrote it"
+            )
+    config = GPTConfig(**{name: settings[name] for name in names})
+    if re.search("[\ud800-\udfff]", checkpoint["vocabulary"]):
+        raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
+    vocabulary = Vocabulary(checkpoint["vocabulary"])
+    weights = {
+        name.removeprefix("gpt."): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if str(name).startswith("gpt.")
+    }
+    check_weights(weights, path)
+    if config.n_layer > len(weights):  # before any memory is allocated for so many
+        raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:
-        weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-        vocabulary = Vocabulary(checkpoint["vocabulary"])
-        config = config_of(checkpoint["hyper_parameters"])
-        check_sizes(config, weights)
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+        with torch.device("meta"):  # the weights come from the file: none are allocated or drawn
             gpt = GPT(config, len(vocabulary))
-        gpt.load_state_dict(weights)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()  # torch lists them below a headline
-        raise CheckpointError(
-            f"{path} does not fit this version of chargpt: {reason}\n"
-            "take another checkpoint, or train anew"
-        ) from error
+        gpt.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
+        reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
+        raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
     return gpt, vocabulary
 
 
-def check_sizes(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse settings that ask for more memory than the weights beside them have."""
-    layers = sum(key.endswith("attention.qkv.weight") for key in weights)
-    sizes = {"n_embd": weights["token_embedding.weight"].size(1), "n_layer": layers}
-    if config.position == "learned":
-        sizes["block_size"] = weights["position_embedding.weight"].size(0)
-    if config.ngrams:
-        rows = sum(config.ngrams.values())
-        if rows != weights["ngram_embedding.table.weight"].size(0):
-            raise ValueError(f"ngrams asks for {rows} rows, but its weights have others")
-    for name, size in sizes.items():
-        if getattr(config, name) != size:
-            raise ValueError(f"{name} is {getattr(config, name)}, but its weights have {size}")
+def validation_loss(checkpoint: dict[str, Any]) -> float | None:
+    """The loss of these weights on the whole validation split; None if it was not measured."""
+    ours = checkpoint["chargpt"]
+    loss, limit = ours.get("val_loss"), (ours.get("trainer") or {}).get("limit_val_batches")
+    whole = limit is None or (type(limit) is float and limit == 1.0)  # an int counts batches
+    return loss if type(loss) is float and math.isfinite(loss) and whole else None
+
+
+def describe(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The keys that make a checkpoint self-contained, in addition to Lightning's."""
+    return {
+        "vocabulary": vocabulary.characters,
+        "chargpt": {"version": chargpt.__version__, "network": list(NETWORK_SETTINGS)},
+    }
+
+
+def checkpoint_of(
+    weights: dict[str, Tensor], config: GPTConfig, vocabulary: Vocabulary, **parts: Any
+) -> dict[str, Any]:
+    """A checkpoint of a network without training state, and with further parts."""
+    return {
+        "pytorch-lightning_version": version("lightning"),  # Lightning asks for it when it loads
+        "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
+        "hyper_parameters": asdict(config),
+        "datamodule_hyper_parameters": {},
+        "global_step": 0,
+        "epoch": 0,
+        **describe(vocabulary),
+        **parts,
+    }
+
+
+def save(gpt: GPT, vocabulary: Vocabulary, path: str | Path) -> None:
+    """Save a network and its vocabulary as a checkpoint that `load` and `validate` read."""
+    write_checkpoint(checkpoint_of(gpt.state_dict(), gpt.config, vocabulary), Path(path))
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically.
+
+    Raises:
+        UserError: the file cannot be written; one that was there before is unchanged.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__ or cause
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise UserError(
+            f"cannot write the checkpoint {path.absolute()}: {reason}\n"
+            "earlier checkpoints are intact; make room, then resume with --ckpt_path last"
+        ) from error

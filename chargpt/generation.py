@@ -1,54 +1,43 @@
-"""Generation: sampling the next id, and doing so again and again with a KV cache.
+"""Generation: sampling the next id, again and again, with a KV cache.
 
-    prompt -> window -> GPT with a KVCache -> logits (B, V) -> sample -> id -> window -> ...
-
-A network looks at no more than block_size characters. When a text has outgrown that, its newest
-half is read afresh, and generation goes on from there: the network always sees at least half a
-window, and a character costs the same however long the text. (Simply dropping the oldest character
-would not do: in all layers but the first, what is remembered of the others was computed while it
-was still there; and learned positions would all move by one.)
+prompt -> window -> GPT with a KVCache -> logits (B, V) -> sample -> id -> window -> ...
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from chargpt.model.gpt import GPT, KVCache, check
+from chargpt.model import GPT, KVCache, UserError
+from chargpt.model.config import check
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling parameters: what decides how a prompt goes on.
-
-    The same network, prompt and settings give the same text.
-
-    Raises:
-        ValueError: a setting that means nothing; the message names it.
-    """
+    """Sampling parameters. The same network, prompt and parameters give the same text."""
 
     max_new_chars: int = 500
-    """The most characters to write after the prompt."""
+    """Maximum number of characters to generate after the prompt."""
     temperature: float = 0.8
-    """Below 1 the likely characters become likelier, above 1 the unlikely; 0 always takes the most
-    likely one."""
+    """Logits are divided by it: below 1 likely characters become more likely, above 1 less so; 0
+    always takes the most likely one (greedy decoding)."""
     top_k: int | None = None
-    """Sample among this many of the most likely characters."""
+    """Sample from this many of the most likely characters only."""
     top_p: float | None = None
-    """Nucleus sampling: among the fewest most likely characters that have this probability
-    together (Holtzman et al. 2019, arXiv:1904.09751), after temperature and top_k."""
+    """Nucleus sampling: sample from the smallest set of most likely characters whose total
+    probability reaches top_p (arXiv:1904.09751), after temperature and top_k."""
     stop: list[str] | str | None = field(default_factory=list)
-    """End before the first of these strings that is written after the prompt. On the command line a
-    list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
+    """Stop before the first of these strings that is generated. On the command line a list, where
+    \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
-    """Seed of the random choices; another seed, another text."""
+    """Seed of the random choices."""
     exact_window: bool = False
-    """Past block_size characters, look at exactly the newest block_size, and read them all again
-    for each character: slow. Otherwise the window falls to its newest half whenever it is full."""
+    """Past block_size characters, use a sliding window of exactly block_size characters, which is
+    slow: all are recomputed for each new one. Otherwise a full window is cut to its newest half."""
 
     def __post_init__(self) -> None:
         check(self, "max_new_chars", "at least 0", lambda n: n >= 0)
@@ -56,7 +45,7 @@ class GenerationConfig:
         check(self, "top_k", "at least 1", lambda k: k >= 1)
         check(self, "top_p", "greater than 0 and at most 1", lambda p: 0 < p <= 1)
         if "" in self.stop_strings:
-            raise ValueError("a stop string is empty; it would end every text before it begins")
+            raise UserError("a stop string is empty; every text would end before it begins")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -64,15 +53,10 @@ class GenerationConfig:
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
-    """A random number in [0, 1): a pure function of its arguments (a counter-based generator).
+    """A random number in [0, 1) for a character of a text (a counter-based generator).
 
-    So a text does not depend on what else is written beside it, and going on with a text gives what
-    writing it in one go would have given. `export/page.js` has the same few lines.
-
-    Args:
-        seed: any whole number; its lowest 64 bits count.
-        sample: which of several texts from the same seed.
-        position: of the character in its text.
+    It depends on its arguments only (the lowest 64 bits of the seed), so a text doesn't depend on
+    its batch or on where it was continued. `export/page.js` has the same function.
     """
     bits = mix(position)
     for word in (sample, seed, seed >> 32):
@@ -89,41 +73,36 @@ def mix(bits: int) -> int:
 
 
 def sample(logits: Tensor, config: GenerationConfig, uniforms: Tensor) -> Tensor:
-    """Sample the next id of each text, (B, V) to (B,), with temperature, top-k and top-p.
+    """Sample the next id of each text, (B, V) on the CPU -> (B,).
 
-    Ids share the interval [0, 1) in their order, each by its probability, and the uniform number
-    says which one is hit: logits that differ by a rounding error almost always give the same id.
-
-    Args:
-        logits: (B, V) on the CPU.
-        config: temperature, top_k and top_p, applied in this order; of equal logits the one with
-            the lowest id counts as the most likely.
-        uniforms: (B,) float64 in [0, 1).
+    Inverse-CDF sampling: the first id whose cumulative probability exceeds the random number, so
+    that logits that differ by a rounding error almost always give the same id. Of equal logits,
+    the one with the lowest id counts as the most likely. `uniforms` are (B,) float64 in [0, 1).
     """
     if config.temperature == 0:
         return logits.argmax(-1)
-    nucleus = config.top_p is not None and config.top_p < 1
-    if config.top_k is not None or nucleus:
+    top_p = config.top_p or 1.0
+    if config.top_k or top_p < 1:
         likeliest_first = logits.argsort(dim=-1, descending=True, stable=True)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
-    if config.top_k is not None:
+    if config.top_k:
         logits = logits.scatter(-1, likeliest_first[:, config.top_k :], -math.inf)
-    probabilities = logits.softmax(-1)
-    if nucleus:
-        falling = probabilities.gather(-1, likeliest_first)
-        before = falling.cumsum(-1) - falling  # what the likelier ones have together
-        falling = falling.masked_fill(before >= config.top_p, 0)
-        probabilities = torch.zeros_like(falling).scatter(-1, likeliest_first, falling)
-    cumulative = probabilities.cumsum(-1)
-    cumulative = cumulative / cumulative[:, -1:]  # ends in exactly 1, which no number reaches
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        sorted_probs = probs.gather(-1, likeliest_first)
+        before = sorted_probs.cumsum(-1) - sorted_probs  # total probability of more likely ids
+        sorted_probs = sorted_probs.masked_fill(before >= top_p, 0)
+        probs = probs.scatter(-1, likeliest_first, sorted_probs)
+    cumulative = probs.cumsum(-1)
+    cumulative = cumulative / cumulative[:, -1:]  # ends in exactly 1, above every uniform number
     return torch.searchsorted(cumulative, uniforms.unsqueeze(-1), right=True).squeeze(-1)
 
 
 class Chunk(NamedTuple):
-    """What is new of one text. The last of each is marked, and may be empty."""
+    """New ids of one text; the last chunk of each text is marked, and may be empty."""
 
-    row: int  # of the text among the prompts
+    row: int  # index of the prompt
     ids: list[int]
     last: bool
 
@@ -132,43 +111,42 @@ class Chunk(NamedTuple):
 class SequenceState:
     """A text while it is generated."""
 
-    row: int  # among the prompts
+    row: int  # index of the prompt
     sample: int
-    length: int  # characters in all, those of the prompt included
-    window: list[int]  # the newest ids, which the network looks at
-    held: list[int] = field(default_factory=list)  # generated, perhaps the beginning of a stop
+    length: int  # characters in all, including the prompt
+    window: list[int]  # the newest ids, which the network sees
+    pending: list[int] = field(default_factory=list)  # generated, possibly the start of a stop
 
-    def add(self, id: int, stops: Sequence[Sequence[int]], last: bool) -> Chunk:
-        """Add one id; what may be the beginning of a stop sequence waits for the next one."""
+    def add(self, id: int, stops: Sequence[list[int]], last: bool) -> Chunk:
+        """Add one id; ids that may be the start of a stop sequence stay pending."""
         self.length += 1
         self.window.append(id)
-        self.held.append(id)
-        begins = len(self.held)  # where a stop may begin
-        for start in range(len(self.held)):
-            tail = self.held[start:]
+        self.pending.append(id)
+        stop_start = len(self.pending)  # where a stop sequence may start
+        for start in range(len(self.pending)):
+            tail = self.pending[start:]
             if tail in stops:
-                return Chunk(self.row, self.held[:start], True)
+                return Chunk(self.row, self.pending[:start], True)
             if any(stop[: len(tail)] == tail for stop in stops):
-                begins = min(begins, start)
-        free = len(self.held) if last else begins
-        chunk = Chunk(self.row, self.held[:free], last)
-        self.held = self.held[free:]
+                stop_start = min(stop_start, start)
+        ready = len(self.pending) if last else stop_start
+        chunk = Chunk(self.row, self.pending[:ready], last)
+        self.pending = self.pending[ready:]
         return chunk
 
 
 def window_length(length: int, block_size: int, exact: bool = False) -> int:
-    """How many of the newest characters of a text the network looks at.
+    """How many of the newest characters of a text the network sees: at most block_size.
 
-    All of them up to block_size. Then, if `exact`, the newest block_size: a sliding window. Else
-    the window falls to half of block_size (rounded up) whenever it would outgrow it, and grows
-    again from there. With block_size 4 and lengths from 1 on: 1 2 3 4 2 3 4 2 3; exact: 1 2 3 4 4.
-    It depends on nothing but the length, so that going on with a text is the same as having
-    generated it in one go.
+    A full window is cut to its newest half (rounded up) and grows again, so that the cost of a
+    character doesn't depend on the length of the text; if `exact`, it slides. Dropping just the
+    oldest keys and values would be wrong: those of the others were computed from it. The result
+    depends on the length only, so that continuing a text is the same as generating it in one go.
     """
     if length <= block_size:
         return length
-    least = block_size if exact else (block_size + 1) // 2
-    return least + (length - block_size - 1) % (block_size - least + 1)
+    min_window = block_size if exact else (block_size + 1) // 2
+    return min_window + (length - block_size - 1) % (block_size - min_window + 1)
 
 
 @torch.inference_mode()
@@ -177,42 +155,37 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     samples: Sequence[int] | None = None,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Sequence[list[int]] = (),
 ) -> Iterator[list[Chunk]]:
-    """Continue each prompt as if it were alone, all of them in one batch.
+    """Continue all prompts (at least one id each) in one batch, each as if it were alone.
 
-    Dropout is off while the network is at work, whatever its mode, and no random state is touched.
-
-    Args:
-        gpt: the network.
-        prompts: at least one id each.
-        config: sampling parameters.
-        samples: which sample of its prompt each text is; the first unless given.
-        stops: ids of the stop strings; a text ends before the first of these that it generates.
-
-    Yields:
-        what is new of each text after one step, never empty but perhaps the last of a text
+    Yields the new ids after each step. A text is left out if it has none, unless it ends; it ends
+    before the first of `stops` that it generates. `samples` are the numbers of the texts among
+    those of their prompt, 0 by default. The network is in evaluation mode while it computes, and
+    in its own mode between two steps; no random state is used or changed.
     """
     if config.max_new_chars == 0:
         yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
     block_size = gpt.config.block_size
-    stops = [list(stop) for stop in stops]
-    least = window_length(block_size + 1, block_size, config.exact_window)  # just after it fell
+    min_window = window_length(block_size + 1, block_size, config.exact_window)
     texts = []
     for row, prompt in enumerate(prompts):
         window = list(prompt[-window_length(len(prompt), block_size, config.exact_window) :])
         texts.append(SequenceState(row, samples[row] if samples else 0, len(prompt), window))
-    network = inference_copy(gpt)
-    # All but the newest character of each window; the loop below reads that one.
-    cache = KVCache(gpt, len(texts), end=max(len(text.window) for text in texts) - 1)
-    prefill(network, cache, texts, range(len(texts)))
-    for left in reversed(range(config.max_new_chars)):
-        newest = torch.tensor([text.window[-1:] for text in texts], device=cache.memory.device)
-        logits = network(newest, cache)[:, -1].to("cpu", torch.float32)
+    cache = KVCache(gpt, len(texts), max(map(len, prompts)) + config.max_new_chars)
+    to_prefill = list(range(len(texts)))
+    for remaining in reversed(range(config.max_new_chars)):
+        with eval_mode(gpt):
+            prefill(gpt, cache, texts, to_prefill)
+            newest = torch.tensor([text.window[-1:] for text in texts], device=cache.ids.device)
+            logits = gpt(newest, cache)[:, -1].to("cpu", torch.float32)
+        if not math.isfinite(logits.amax()):
+            problem = "the network is broken: its logits are not finite numbers (NaN or infinity)"
+            raise UserError(f"{problem}\nuse another checkpoint")
         uniforms = [uniform(config.seed, text.sample, text.length) for text in texts]
         ids = sample(logits, config, torch.tensor(uniforms, dtype=torch.float64)).tolist()
-        chunks = [text.add(id, stops, last=left == 0) for text, id in zip(texts, ids)]
+        chunks = [text.add(id, stops, remaining == 0) for text, id in zip(texts, ids)]
         yield [chunk for chunk in chunks if chunk.ids or chunk.last]
 
         unfinished = [row for row, chunk in enumerate(chunks) if not chunk.last]
@@ -220,57 +193,37 @@ def generate(
             return
         if len(unfinished) < len(texts):
             texts = [texts[row] for row in unfinished]
-            cache.keep(unfinished)
-        full = [row for row, text in enumerate(texts) if len(text.window) > block_size]
-        for row in full:
-            del texts[row].window[:-least]
-        prefill(network, cache, texts, full)
+            cache.select_rows(unfinished)
+        to_prefill = [row for row, text in enumerate(texts) if len(text.window) > block_size]
+        for row in to_prefill:
+            del texts[row].window[:-min_window]
 
 
-def prefill(
-    network: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequence[int]
-) -> None:
-    """Prefill: read the windows of these rows but for the newest character, the next step's input.
+def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequence[int]) -> None:
+    """Replace the cache of these rows by that of their windows, except for the newest character.
 
-    Windows of one length are one batch, and those that are the same are read once.
+    Windows of one length are a batch, and equal ones are computed once.
     """
     by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for row in rows:
         window = tuple(texts[row].window[:-1])
         by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
-    for length, sharing in by_length.items():
-        fresh = KVCache(network, len(sharing))
+    for length, windows in by_length.items():
+        source = KVCache(gpt, len(windows), capacity=length)
         if length > 0:
-            network(torch.tensor(list(sharing), device=cache.memory.device), fresh)
-        sources = [source for source, same in enumerate(sharing.values()) for _ in same]
-        cache.put([row for same in sharing.values() for row in same], fresh, sources)
+            gpt(torch.tensor(list(windows), device=cache.ids.device), source)
+        for source_row, same in enumerate(windows.values()):
+            cache.copy_rows(same, source, [source_row] * len(same))
 
 
-def inference_copy(gpt: GPT) -> GPT:
-    """A copy of the network for inference: it shares the weights, has no dropout and no hooks.
-
-    nn.Module finds layers and weights where Python looks for attributes last, and looks for hooks
-    at each call. With one character at a time that is an eighth of the time (tests/benchmarks/
-    LOG.md). So in this copy every part lies where Python looks first, and calling a module is
-    calling its forward.
-
-    Raises:
-        ValueError: the network has no numbers, since it was moved to torch's meta device.
-    """
-    if any(weight.is_meta for weight in gpt.parameters()):
-        raise ValueError(
-            "the network is on the meta device, where weights have no numbers\n"
-            "load it anew, and move it to cpu, cuda or mps"
-        )
-    # deepcopy shares what it is told of.
-    weights = {id(weight): weight for weight in gpt.parameters()}
-    copy = deepcopy(gpt, weights).eval()
-    modules = list(copy.modules())
-    forwards: dict[type, Any] = {type(module): type(module).forward for module in modules}
-    forwards[nn.Dropout] = nn.Identity.forward
-    kinds = {kind: type(kind.__name__, (kind,), {"__call__": f}) for kind, f in forwards.items()}
-    for module in modules:
-        vars(module).update(module.named_parameters(recurse=False))
-        vars(module).update(module.named_children())
-        module.__class__ = kinds[type(module)]
-    return copy
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside the `with` statement, then the mode of before."""
+    training = [part for part in module.modules() if part.training] if module.training else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,13 +1,13 @@
-"""Looking inside a network: attention weights and the residual stream of what it reads.
+"""Attention weights and the residual stream of each block, recorded while a network runs.
 
     model = chargpt.load()
     ids = torch.tensor([model.encode("ROMEO:")])
-    with inspect(model.gpt) as seen:
+    with inspect(model.gpt) as layers:
         model.gpt(ids)
-    seen[0].attention[0, 1]    # layer 0, head 1: how much each character (row) looks at the others
+    layers[0].attention[0, 1]    # layer 0, head 1: each row has the weights of one position
 
-Nothing of this costs anything while it is not used: the network computes attention in one kernel
-that never holds the weights, and here they are computed once more beside it.
+The network's fused attention kernel never stores the weights; here they are computed once more
+in forward hooks, so nothing costs anything outside of the `with` statement.
 """
 
 import math
@@ -18,11 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chargpt.model.gpt import GPT, Block, MultiHeadAttention
+from chargpt.model import GPT
+from chargpt.model.gpt import Block, MultiHeadAttention
+from chargpt.model.kv_cache import LayerCache
 
 
 class Layer(NamedTuple):
-    """What one block did in one pass of the network."""
+    """What one block computed in one forward pass."""
 
     attention: Tensor  # (B, H, T, S) attention weights; each row sums to 1
     residual: Tensor  # (B, T, C) the residual stream after the block
@@ -30,22 +32,22 @@ class Layer(NamedTuple):
 
 @contextmanager
 def inspect(gpt: GPT) -> Iterator[list[Layer]]:
-    """Record the attention weights and the residual stream of each block, in every switch.
+    """Record the attention weights and the residual stream of each block.
 
-    Passes follow each other in the list, n_layer entries each; those with a KVCache as well, where
-    a new character's row spans all S characters that the cache holds.
+    Each forward pass appends n_layer entries. With a KVCache, the attention weights of new
+    characters cover all S positions in the cache.
 
     Args:
         gpt: the network, called as a module inside of the `with` statement.
     """
-    seen: list[Layer] = []
+    layers: list[Layer] = []
     weights: list[Tensor] = []
 
     def after_attention(module: MultiHeadAttention, args: tuple, output: Tensor) -> None:
         weights.append(attention_weights(module, *args))
 
     def after_block(module: Block, args: tuple, output: Tensor) -> None:
-        seen.append(Layer(weights.pop(), output.detach()))
+        layers.append(Layer(weights.pop(), output.detach()))
 
     hooks = [
         block.get_submodule("attention").register_forward_hook(after_attention)
@@ -53,18 +55,24 @@ def inspect(gpt: GPT) -> Iterator[list[Layer]]:
     ]
     hooks += [block.register_forward_hook(after_block) for block in gpt.blocks]
     try:
-        yield seen
+        yield layers
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @torch.no_grad()
-def attention_weights(attention, x, angles=None, mask=None, cache=None) -> Tensor:
-    """softmax(q k^T / sqrt(D)), causally masked: (B, H, T, S), of what attention has just read."""
+def attention_weights(
+    attention: MultiHeadAttention,
+    x: Tensor,
+    angles: Tensor | None = None,
+    mask: Tensor | None = None,
+    cache: LayerCache | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) with the causal mask, (B, H, T, S), for the input of attention."""
     q, k, _ = attention.query_key_value(x, angles)
     if cache is not None:
-        k = cache.keys.to(q.dtype)  # the new ones are among them by now
+        k = cache.keys.to(q.dtype)  # attention has stored the new ones
     T, S = q.size(2), k.size(2)
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)

@@ -1,15 +1,19 @@
-"""A GPT in one file: the text, the network, the training, the writing. Read it from top to bottom.
+"""A GPT in one file: data, model, training and generation. Read it from top to bottom.
 
-    python -m chargpt.textbook path/to/input.txt --small    # two minutes on two cores
-    python -m chargpt.textbook path/to/input.txt --explain  # one line of text, step by step
+    python -m chargpt.textbook --small                       # two minutes on two cores
+    python -m chargpt.textbook --explain                     # one line of text, step by step
+    python -m chargpt.textbook path/to/input.txt --small     # your own text
 
-A language model gives every possible next character a probability, from the characters before
-it. Trained on a text it learns spelling, words and manner, because all of them help to guess
-what comes next; to write is to draw a character by its probability, append it and ask again.
+A language model predicts a probability for every possible next character, given the characters
+before it. Training teaches it spelling, words and style, because all of them help to predict the
+next character. To generate text, sample a character from these probabilities, append it, repeat.
 
-    B  sequences in a batch         V  different characters, the vocabulary
-    T  characters in a sequence     H  attention heads
-    C  channels (n_embed)           D  channels of one head (C / H)
+Three names come from the lecture this script follows: `BigramLangModel` is the whole GPT (it grew
+out of a bigram model), `epochs` counts training steps, and `n_embed` is `n_embd` everywhere else.
+
+    B  batch size                   V  vocabulary size
+    T  sequence length              H  attention heads
+    C  channels (n_embed)           D  channels per head (C / H)
 """
 
 import argparse
@@ -22,31 +26,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- Hyperparameters: what somebody has to choose; all other numbers are learned ---------------
+# --- Hyperparameters: chosen by hand; all other numbers are learned ----------------------------
 
-block_size = 256  # T: the most characters that the network looks at, its context
-batch_size = 64  # B: sequences that one step learns from
-epochs = 5000  # training steps (a true epoch would be once through the text)
-lr = 3e-4  # learning rate: about how far one step moves each weight
-n_embed = 384  # C: numbers that stand for one character while it passes through the network
+block_size = 256  # T: maximum context length, in characters
+batch_size = 64  # B: sequences per training step
+epochs = 5000  # training steps (a true epoch would be one pass over the text)
+lr = 3e-4  # learning rate: roughly how far one step moves each weight
+n_embed = 384  # C: the size of the vector that represents each character
 n_head = 6  # H
-n_layer = 6  # blocks, one after the other
-dropout = 0.2  # share of activations set to zero while training
-eval_interval = 500  # steps between two looks at the loss
-eval_characters = 50_000  # of each split, for each look
+n_layer = 6  # number of transformer blocks
+dropout = 0.2  # fraction of activations set to zero during training
+eval_interval = 500  # steps between loss estimates
+eval_characters = 50_000  # characters of each split per estimate
 
-# What two processor cores train in two minutes. So small a network takes larger steps, and reads
-# too little to learn anything by heart: no dropout.
+# Trains in two minutes on two CPU cores. A network this small can take larger steps, and it sees
+# too little text to overfit, so it needs no dropout.
 SMALL = dict(
     block_size=64, batch_size=16, epochs=1500, lr=3e-3, n_embed=128, n_head=4, n_layer=3, dropout=0
 )
 
-# --- The text ----------------------------------------------------------------------------------
+# --- Data --------------------------------------------------------------------------------------
 
-# Set by `prepare` below, so that importing this file reads no text and trains nothing.
+# Set by `prepare` below, so that importing this file neither reads data nor trains.
 stoi: dict[str, int] = {}  # character to id
 itos: dict[int, str] = {}  # id to character
-data: dict[str, Tensor] = {}  # "train": ids of nine tenths of the text; "val": of the rest
+data: dict[str, Tensor] = {}  # "train": ids of the first 90 % of the text; "val": of the rest
 model: "BigramLangModel"  # the network below
 
 
@@ -59,10 +63,10 @@ def decode(ids: list[int]) -> str:
 
 
 def get_batch(split: str) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (B, T) each: random pieces of the text, and the same one character later.
+    """Random inputs and targets, (B, T) each; targets are the inputs shifted by one character.
 
-    With the input "hell" the targets are "ello". One row asks T questions: what follows "h", what
-    follows "he", what follows "hel", and so on.
+    For the input "hell" the targets are "ello". Each row is T training examples: predict "e" from
+    "h", "l" from "he", "l" from "hel", and so on.
     """
     ids = data[split]
     starts = torch.randint(len(ids) - block_size, (batch_size,))
@@ -73,10 +77,10 @@ def get_batch(split: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def estimate_loss() -> dict[str, float]:
-    """Mean loss of each split over some random batches, without dropout.
+    """Mean loss of each split over random batches, with dropout off.
 
-    While both fall, the model learns. When "val" rises and "train" still falls, it overfits: it
-    learns the text by heart.
+    While both losses fall, the model is learning. If "val" rises while "train" keeps falling, it
+    is overfitting: memorizing the training text.
     """
     model.eval()
     losses = {}
@@ -87,16 +91,16 @@ def estimate_loss() -> dict[str, float]:
     return losses
 
 
-# --- The network -------------------------------------------------------------------------------
+# --- Model -------------------------------------------------------------------------------------
 
 
 class Head(nn.Module):
-    """One head of causal self-attention, (B, T, C) to (B, T, D): softmax(Q K^T / sqrt(D)) V.
+    """One head of causal self-attention, (B, T, C) -> (B, T, D): softmax(Q K^T / sqrt(D)) V.
 
-    Attention lets characters look things up in those before them. From its vector each makes
-    three: a query (what am I looking for?), a key (what can I be found by?) and a value (what do I
-    tell those who find me?). Where query and key point the same way their dot product is large,
-    and much of that value is taken. What is worth asking is learned.
+    Attention lets each position read from earlier positions. Every position projects its vector
+    to a query (what am I looking for?), a key (what do I contain?) and a value (what do I pass
+    on?). Where a query and a key point the same way, their dot product is large and the value gets
+    a large weight. The three projections are learned.
     """
 
     def __init__(self, head_size: int, n_embed: int = n_embed, dropout: float = dropout) -> None:
@@ -107,29 +111,29 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def weights(self, x: Tensor) -> Tensor:
-        """How much position t (row) takes from position s (column), (B, T, T); a row sums to 1."""
+        """Attention weights, (B, T, T): row t has those of positions up to t, which sum to 1."""
         T = x.size(1)
         q, k = self.query(x), self.key(x)  # (B, T, D)
-        # A dot product adds D products, so it spreads like sqrt(D) for vectors of ordinary numbers.
-        # Divided by that it stays around 1. Else softmax would give nearly all weight to a single
-        # position from the start, and where softmax is that sure no gradient comes through.
+        # A dot product sums D terms, so its standard deviation grows like sqrt(D). Dividing by
+        # sqrt(D) makes it independent of D. Large scores would saturate the softmax: nearly all
+        # weight on one position, and nearly no gradient.
         scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))  # (B, T, D) @ (B, D, T) -> (B, T, T)
-        # The causal mask: no position sees a later one. In training all T questions of a row are
-        # answered in one pass, and the answer to each stands one place to its right: unmasked, the
-        # network would copy it and learn nothing. In writing the future does not exist yet.
+        # Causal mask: no position attends to a later one. In training, all T predictions of a row
+        # are made in one pass and the target of each is the next input. Without the mask the
+        # network would copy it and learn nothing. In generation there are no later characters.
         future = torch.ones(T, T, device=x.device).triu(diagonal=1).bool()  # above the diagonal
-        scores = scores.masked_fill(future, -math.inf)  # e to the minus infinity is 0
-        return scores.softmax(dim=-1)  # e^score / sum of e^score: positive, together 1
+        scores = scores.masked_fill(future, -math.inf)  # exp(-inf) is 0
+        return scores.softmax(dim=-1)  # exp(score) / sum of exp(score): positive, sums to 1
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.weights(x)) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads side by side, (B, T, C) to (B, T, C).
+    """Multi-head causal self-attention, (B, T, C) -> (B, T, C).
 
-    One softmax makes one choice. Several can look at the last letter, the word's beginning and the
-    speaker's name at once; the projection mixes what they bring.
+    A single softmax tends to focus on one place. Several heads can attend to the last letter, the
+    start of the word and the speaker's name at once. The projection combines their outputs.
     """
 
     def __init__(
@@ -141,25 +145,25 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([head(x) for head in self.heads], dim=-1)  # H times (B, T, D) -> (B, T, C)
+        x = torch.cat([head(x) for head in self.heads], dim=-1)  # H x (B, T, D) -> (B, T, C)
         return self.dropout(self.projection(x))
 
 
 class FeedForward(nn.Module):
-    """A two-layer perceptron on each position by itself, (B, T, C) to (B, T, C): max(0, x W1) W2.
+    """A position-wise two-layer MLP, (B, T, C) -> (B, T, C): max(0, x W1 + b1) W2 + b2.
 
-    Attention moves information, this works on it: each hidden unit notices a pattern and, when it
-    does, adds something. Without the ReLU between them two matrices would be no more than one.
-    Four times as wide: there are more patterns than channels, and two thirds of the weights of a
-    block here has proved a good share; no law says four.
+    Attention moves information between positions; the MLP processes it at each position. A hidden
+    unit detects a pattern and adds a vector when it fires. Without the ReLU, the two matrices would
+    collapse into one. The hidden layer is four times as wide by convention, which puts two thirds
+    of a block's weights here.
     """
 
     def __init__(self, n_embed: int = n_embed, dropout: float = dropout) -> None:
         super().__init__()
         self.expansion = nn.Linear(n_embed, 4 * n_embed)
         self.projection = nn.Linear(4 * n_embed, n_embed)
-        # Dropout sets a random share of its input to 0 and scales up the rest. No unit can count on
-        # another, so a text is harder to learn by heart. In evaluation it does nothing.
+        # Dropout zeroes a random fraction of its input and scales up the rest. Units cannot rely
+        # on each other, which reduces overfitting. In eval mode it does nothing.
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,15 +171,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, T, C) to (B, T, C): first look around, then think.
+    """A pre-norm transformer block, (B, T, C) -> (B, T, C): attention, then feed-forward.
 
-    Residual connections: a layer adds to x instead of replacing it, so what is known stays unless
-    a layer changes it, and the gradient of a sum reaches every depth undiminished. Without them
-    three blocks learn no more than how frequent each character is (chargpt/README.md, the ladder).
+    Residual connections: each layer adds to x instead of replacing it. Information is preserved
+    unless a layer changes it, and gradients reach every depth through the sum. Without them, three
+    blocks learn nothing beyond character frequencies (chargpt/README.md, the ablation).
 
-    LayerNorm: brings each vector to mean 0 and variance 1, then to a learned scale and shift, so
-    that a layer sees numbers of one size however much has been added up. Before the layer
-    (pre-norm) it leaves the path of the sum itself free; after the sum it would stand in it.
+    LayerNorm normalizes each vector to mean 0 and variance 1, then applies a learned scale and
+    shift, so layers see inputs of constant scale however much the residual stream has grown.
+    Placed before each layer (pre-norm), it keeps the residual path purely additive.
     """
 
     def __init__(
@@ -193,10 +197,10 @@ class Block(nn.Module):
 
 
 class BigramLangModel(nn.Module):
-    """A GPT: ids (B, T) to logits (B, T, V), a score for each possible next character.
+    """A GPT, ids (B, T) -> logits (B, T, V): a score for each possible next character.
 
-    It grew, in the lecture and in our ladder, from a table that knows only which character tends
-    to follow which: a bigram model. Take everything between embedding and head away, and it is one.
+    The lecture grows it from a bigram model, which predicts the next character from the current
+    one alone. Remove everything between the token embedding and the head, and it is one again.
     """
 
     def __init__(
@@ -210,47 +214,47 @@ class BigramLangModel(nn.Module):
     ) -> None:
         super().__init__()
         self.block_size = block_size
-        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # a vector for each character
-        # A weighted sum does not know what stood where, so each place has a vector too.
+        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # one vector per character
+        # A weighted sum ignores order, so each position has a learned vector too.
         self.position_embedding = nn.Embedding(block_size, n_embed)
         self.blocks = nn.Sequential(*[Block(n_embed, n_head, dropout) for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embed)
         self.head = nn.Linear(n_embed, vocab_size)
-        # PyTorch draws weights at random, so that no two units learn the same, and so large that
-        # numbers keep their size from layer to layer. But the scores start near 0: no opinion yet.
+        # PyTorch initializes weights at random, so that no two units learn the same function. The
+        # head starts with small weights: logits near 0 give nearly uniform probabilities.
         nn.init.normal_(self.head.weight, std=0.002)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) and, where there are targets (B, T), the cross-entropy in nats.
+        """Logits (B, T, V) and, given targets (B, T), the cross-entropy loss in nats.
 
-        Softmax makes probabilities of logits. The loss is the mean of -ln p over all positions, p
-        being what was given to the character that truly came: 0 if sure and right, large if sure
-        and wrong. A guess among 65 costs ln 65 = 4.17, where an untrained network starts. A loss
-        of 1.5 nats (1.5 / ln 2 = 2.16 bits) is the doubt of choosing among e^1.5 = 4.5 equally
-        likely characters.
+        Softmax turns logits into probabilities. The loss is the mean of -ln p over all positions,
+        where p is the probability of the correct next character: 0 if certain and right, large if
+        certain and wrong. Uniform guessing among 65 characters costs ln 65 = 4.17, where an
+        untrained network starts. A loss of 1.5 nats (1.5 / ln 2 = 2.16 bits) is the uncertainty of
+        choosing among e^1.5 = 4.5 equally likely characters.
         """
-        places = torch.arange(idx.size(1), device=idx.device)
-        x = self.token_embedding(idx) + self.position_embedding(places)  # (B, T, C)
+        positions = torch.arange(idx.size(1), device=idx.device)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.blocks(x)  # (B, T, C)
         logits = self.head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T,)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B*T, V), (B*T,)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """Append characters drawn by their probabilities, (B, T) to (B, T + max_new_tokens).
+        """Append sampled characters, (B, T) -> (B, T + max_new_tokens).
 
-        All that is in sight is computed anew for each. Until the window is full it need not be: no
-        position looks ahead, so a new character changes no earlier key or value. An engine keeps
-        them (the KV cache in chargpt/model.py) and computes those of the new character alone.
+        The whole context is recomputed for each new character. Until the context is full this is
+        redundant: attention is causal, so a new character changes no earlier key or value. The
+        engine caches them (the KV cache, chargpt/model) and computes only the new position.
         """
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size :])
             probabilities = logits[:, -1].softmax(dim=-1)  # of the last position, (B, V)
-            drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
-            idx = torch.cat((idx, drawn), dim=1)
+            sampled = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, sampled), dim=1)
         return idx
 
 
@@ -258,12 +262,12 @@ class BigramLangModel(nn.Module):
 
 
 def prepare(text: str, **sizes: float) -> None:
-    """Set what a script would set at its top: other sizes, vocabulary, data, model."""
+    """Set the globals of this script: hyperparameters given in `sizes`, vocabulary, data, model."""
     global stoi, itos, data, model
-    globals().update(sizes)  # as if the numbers at the top had been others
-    needed = 10 * (block_size + 1)  # so that a tenth holds one context and its targets
+    globals().update(sizes)  # override the hyperparameters above
+    needed = 10 * (block_size + 1)  # the validation tenth must hold one sequence and its targets
     if len(text) < needed:
-        sys.exit(f"the text has {len(text):,} characters; at this size it needs {needed:,}")
+        sys.exit(f"the text has {len(text):,} characters; this size needs at least {needed:,}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     itos = dict(enumerate(sorted(set(text))))
     stoi = {character: i for i, character in itos.items()}
@@ -274,13 +278,14 @@ def prepare(text: str, **sizes: float) -> None:
 
 
 def train() -> None:
-    """Gradient descent: predict, take the loss, and move each weight a little to where it falls."""
-    # AdamW keeps two moments for each weight: m, the running mean of its gradient, and v, of the
-    # gradient squared. It moves the weight by lr * m / sqrt(v): by about lr where the gradients
-    # agree, by less where they contradict each other, and their size cancels, so that what is used
-    # rarely learns too. Weight decay draws each weight to 0 by lr * 0.01 of itself, lest it grow
-    # without need. Decoupled (the W): beside that step, not inside the gradient, where dividing
-    # by sqrt(v) would decay the weights with the largest gradients least.
+    """Gradient descent: compute the loss, then move each weight slightly to reduce it."""
+    # AdamW keeps two moments per weight: m, the running mean of its gradient, and v, of the squared
+    # gradient. The update is lr * m / sqrt(v): about lr where successive gradients agree, less
+    # where they disagree. Their scale cancels, so weights with small gradients learn too. Weight
+    # decay shrinks each weight by a factor of lr * 0.01 per step, to keep it from growing
+    # needlessly. It is decoupled (the W): applied to the weight directly, because as part of the
+    # gradient it would be divided by sqrt(v) and barely affect weights with large gradients.
+    # (This script decays every parameter, for brevity; the engine decays only matrices.)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(epochs + 1):
         if step % eval_interval == 0 or step == epochs:
@@ -288,8 +293,8 @@ def train() -> None:
             train_loss, val_loss = losses["train"], losses["val"]
             print(f"step {step:5}: train {train_loss:.3f}, val {val_loss:.3f}", flush=True)
         if step < epochs:
-            left = 1 - step / epochs
-            optimizer.param_groups[0]["lr"] = lr * left  # large steps at first, then finer ones
+            remaining = 1 - step / epochs
+            optimizer.param_groups[0]["lr"] = lr * remaining  # large steps first, then smaller ones
             _, loss = model(*get_batch("train"))
             optimizer.zero_grad()
             loss.backward()
@@ -297,25 +302,39 @@ def train() -> None:
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a file, or of the manual that comes with every Python."""
+    """Read a UTF-8 text file; without a path, use the reference manual that ships with Python."""
     if path is None:
         from pydoc_data.topics import topics
 
-        print("no text given: taking Python's own manual", file=sys.stderr)
+        print("no text found: using Python's reference manual instead", file=sys.stderr)
         return "\n".join(topics[name] for name in sorted(topics))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         sys.exit(f"{path} is not UTF-8 text")
     except OSError as error:
-        sys.exit(f"{path} can't be read: {error.strerror}")
+        sys.exit(f"cannot read {path}: {error.strerror}")
+
+
+def tiny_shakespeare() -> Path:
+    """The file that `python -m chargpt fit` downloads tiny Shakespeare to."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get("CHARGPT_DATA_DIR") or os.path.join(cache, "chargpt")
+    return Path(folder, "tiny-shakespeare", "input.txt").expanduser()
 
 
 def main() -> None:
-    named = Path(os.environ.get("CHARGPT_DATA_DIR", "."), "tiny-shakespeare", "input.txt")
+    default = tiny_shakespeare()
     parser = argparse.ArgumentParser(prog="python -m chargpt.textbook", description="Train a GPT.")
-    parser.add_argument("text", nargs="?", type=Path, default=named if named.exists() else None)
-    parser.add_argument("--small", action="store_true", help="two minutes on two processor cores")
+    parser.add_argument(
+        "text",
+        nargs="?",
+        type=Path,
+        default=default if default.is_file() else None,
+        help="a UTF-8 text file (default: tiny Shakespeare where `chargpt fit` has stored it, "
+        "otherwise Python's reference manual)",
+    )
+    parser.add_argument("--small", action="store_true", help="train for two minutes on two cores")
     parser.add_argument("--explain", action="store_true", help="one line of text, step by step")
     options = parser.parse_args()
     torch.manual_seed(1337)
@@ -326,13 +345,13 @@ def main() -> None:
         return walk(text)
     prepare(text, **(SMALL if options.small else {}))
     V, parameters = len(itos), sum(parameter.numel() for parameter in model.parameters())
-    ends = "1.8 in two minutes" if options.small else "1.5 after many hours, or minutes on a GPU"
-    print(f"{len(text):,} characters, {V} different: a guess costs ln {V} = {math.log(V):.2f} nats")
+    end = "1.8 in two minutes" if options.small else "1.5 in many hours (minutes on a GPU)"
+    print(f"{len(text):,} characters, {V} distinct; guessing costs ln {V} = {math.log(V):.2f} nats")
     print(f"{parameters:,} parameters, {epochs:,} steps of {batch_size} x {block_size} characters")
-    print(f"what to expect: tiny Shakespeare begins at 4.17 and ends near {ends}")
+    print(f"expected loss on tiny Shakespeare: from 4.17 to about {end}")
     train()
-    model.eval()  # no dropout while writing
-    start = torch.tensor([[0]], device=data["val"].device)  # of most texts, id 0 is the line's end
+    model.eval()  # no dropout during generation
+    start = torch.tensor([[0]], device=data["val"].device)  # in most texts, id 0 is the newline
     print(decode(model.generate(start, 500)[0].tolist()))
 
 
@@ -340,4 +359,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)  # the status of a command that Ctrl-C ended
+        sys.exit(130)  # the conventional exit status after Ctrl-C

@@ -1,4 +1,4 @@
-"""Headless Chromium on a page from the disk, for tests/test_page.py and benchmarks/page.py."""
+"""Headless Chromium on a local page, for tests/test_page.py and benchmarks/page.py."""
 
 import json
 import shutil
@@ -11,25 +11,25 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 DRIVER = shutil.which("chromedriver")
-QUIET = (  # no first run, no updates, no account: what Chromium asks for by itself
+QUIET = (  # no first-run pages, updates or accounts, for which Chromium makes requests
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
 )
 
 
 def missing() -> str:
-    """Why no browser can be driven, or nothing."""
+    """Why no browser can be used, or an empty string."""
     try:
         import selenium  # noqa: F401
     except ImportError:
         return "selenium is not installed"
     if not CHROMIUM or not DRIVER:
-        return "there is no chromium with its chromedriver"
+        return "chromium and chromedriver are not installed"
     return ""
 
 
 class Page:
-    """What a user does and sees."""
+    """The page as a user operates it."""
 
     def __init__(self, driver) -> None:
         self.driver = driver
@@ -56,7 +56,7 @@ class Page:
         return self.element(selector).get_property("textContent")
 
     def fill(self, selector: str, value: object) -> None:
-        """As if it were typed or pasted, for characters that a driver cannot type as well."""
+        """Set a field as if typed or pasted, including characters that a driver cannot type."""
         self.driver.execute_script(
             "const field = document.querySelector(arguments[0]); field.value = arguments[1];"
             "field.dispatchEvent(new Event('input', {bubbles: true}));",
@@ -68,17 +68,17 @@ class Page:
         self.element(selector).click()
 
     def write(self, prompt: str, **settings) -> str:
-        """The text that the page shows after Write."""
+        """Generate from a prompt and return the text that the page shows."""
         self.fill("#prompt", prompt)
         for name, value in settings.items():
             self.fill(f"#{name}", value)
         self.click("#write")
         self.wait("text.ended")
-        # code points, since strings of a browser join surrogates that Python keeps apart
+        # code points, since JavaScript strings join surrogate pairs that Python keeps apart
         return "".join(map(chr, self.js("text.characters.map((c) => c.codePointAt(0))")))
 
     def requests(self) -> list[str]:
-        """Addresses of what has been asked for since the last call."""
+        """URLs requested since the last call."""
         messages = [
             json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
         ]
@@ -89,13 +89,13 @@ class Page:
         ]
 
     def problems(self) -> list[str]:
-        """What the browser has complained about since the last call."""
+        """Messages in the browser console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
 @contextmanager
 def browser(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Page]:
-    """A browser with a fresh profile, without a network."""
+    """A browser with a fresh profile."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -110,7 +110,7 @@ def browser(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Pa
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
-        driver.get("about:blank")  # or the browser's own first page would still be loading
+        driver.get("about:blank")  # otherwise the start page would still be loading
         yield Page(driver)
     finally:
         driver.quit()

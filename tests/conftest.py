@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from chargpt.cli.main import main
-from chargpt.data import corpus as finding
-from chargpt.training import callbacks
+from chargpt.data import texts
+from chargpt.training import display
 
 # The same examples each time; other ones: pytest --hypothesis-profile=default
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -73,7 +73,7 @@ def alone(tmp_path_factory):
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
         patch.setenv("CHARGPT_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(callbacks, "SAMPLE_CHARS", 20)
+        patch.setattr(display, "SAMPLE_CHARS", 20)
         torch.set_num_threads(1)
         yield
 
@@ -82,7 +82,7 @@ def alone(tmp_path_factory):
 def cache(tmp_path, monkeypatch) -> Path:
     """The user's cache is a folder of the test's own, and no environment variable names another."""
     folder = tmp_path / "cache"
-    monkeypatch.setattr(finding, "cache_dir", lambda: folder)
+    monkeypatch.setattr(texts, "cache_dir", lambda: folder)
     monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
     return folder
 

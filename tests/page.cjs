@@ -1,5 +1,5 @@
-// Runs the scripts of an exported page without a browser: node page.cjs PAGE.html < {"script", "input"}
-// The script sees all of the page's functions, `gpt`, `input` and `base64`; its value is printed as JSON.
+// Runs the scripts of an exported page in Node: node page.cjs PAGE.html < {"script", "input"}
+// The script can use the page's functions, `gpt`, `input` and `base64`; its value is printed as JSON.
 const fs = require("fs");
 const vm = require("vm");
 

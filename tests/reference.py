@@ -1,8 +1,7 @@
-"""The network once more, the slow and plain way, to prove the fast one right.
+"""A slow and plain reference implementation of the network and of greedy decoding.
 
 Head by head, with an explicit mask and softmax, every norm, activation and rotation written out, and
-nothing shared with the package. And, below, its way of writing: all that it may look at is read again
-for each character.
+no code shared with the package. Decoding recomputes the whole window for each character.
 """
 
 import math
@@ -26,7 +25,7 @@ class Norm(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """(B, T, D): channels 2i and 2i + 1 are a point in the plane, turned by t * 10,000^(-2i / D)."""
+    """(B, T, D): channels 2i and 2i + 1 are a point in the plane, rotated by t * 10,000^(-2i / D)."""
     T, D = x.shape[1:]
     angles = [[t * 10_000 ** (-i / D) for i in range(0, D, 2)] for t in range(T)]
     cos = torch.tensor([[math.cos(angle) for angle in row] for row in angles]).to(x.dtype)
@@ -82,7 +81,7 @@ class Block(nn.Module):
 
 
 class Reference(nn.Module):
-    """The settings of `chargpt.GPTConfig`, no dropout."""
+    """A GPT with the settings of `chargpt.GPTConfig`, without dropout."""
 
     def __init__(
         self, vocab_size, block_size, n_embd, n_head, n_layer, position, norm, bias, qkv_bias,
@@ -115,7 +114,7 @@ class Reference(nn.Module):
         return self.output(self.norm(x))
 
     def ngram_vectors(self, ids: Tensor) -> Tensor:
-        """What stands before the beginning counts as id 0."""
+        """Ids before the first one count as 0."""
         tables = dict(zip(self.ngrams, self.table.weight.split(list(self.ngrams.values()))))
         vectors = []
         for text in ids.tolist():
@@ -133,7 +132,7 @@ class Reference(nn.Module):
 
 
 def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
-    """The parameters of `chargpt.GPT` by name: each is made of these, one below the other."""
+    """The parameters that each parameter of `chargpt.GPT` consists of, one below the other."""
     names = {}
 
     def add(prefix: str, module: nn.Module | None) -> None:
@@ -173,7 +172,7 @@ def reference_of(gpt: nn.Module) -> Reference:
 
 
 def window_by_the_rule(ids: list[int], block_size: int) -> list[int]:
-    """Character by character: when the window would outgrow block_size, its newest half remains."""
+    """Character by character: a window that exceeds block_size is cut to its newest half."""
     window = []
     for id in ids:
         window.append(id)
@@ -183,10 +182,10 @@ def window_by_the_rule(ids: list[int], block_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def write_greedily(
+def decode_greedily(
     network: nn.Module, prompt: list[int], n: int, exact_window: bool = False
 ) -> list[int]:
-    """The prompt and the n most likely ids after it, each window read from its beginning."""
+    """The prompt and n greedily decoded ids, the whole window recomputed for each."""
     ids = list(prompt)
     for _ in range(n):
         if exact_window:

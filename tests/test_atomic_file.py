@@ -1,5 +1,6 @@
-"""Files that are whole or absent, also where several processes write and one is killed."""
+"""Atomic writing, also with several writers, and one that is killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from chargpt.atomic_file import atomic_write
 ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
 
 
-def test_a_file_takes_its_place_only_when_all_went_well(tmp_path):
+def test_a_file_is_replaced_only_after_success(tmp_path):
     path = tmp_path / "new" / "folder" / "a[b].txt"
     with atomic_write(path) as file:
         file.write(b"one")
@@ -24,7 +25,7 @@ def test_a_file_takes_its_place_only_when_all_went_well(tmp_path):
     assert os.listdir(path.parent) == ["a[b].txt"]
 
 
-def test_of_two_that_write_at_once_neither_takes_away_what_the_other_has_begun(tmp_path):
+def test_two_writers_at_once_do_not_delete_each_others_files(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as one:
         one.write(b"one")
@@ -37,7 +38,7 @@ def test_of_two_that_write_at_once_neither_takes_away_what_the_other_has_begun(t
 
 
 @ON_UNIX
-def test_what_a_killed_process_leaves_is_swept_by_the_next_who_writes_that_file(tmp_path):
+def test_the_leftover_of_a_killed_process_is_deleted_by_the_next_writer_of_that_file(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path\n"
         "from chargpt.atomic_file import atomic_write\n"
@@ -55,10 +56,28 @@ def test_what_a_killed_process_leaves_is_swept_by_the_next_who_writes_that_file(
 
 
 @ON_UNIX
-def test_what_another_has_only_just_opened_is_not_swept(tmp_path):
-    """It may not hold its lock yet."""
+def test_a_file_that_another_process_has_just_opened_is_not_deleted(tmp_path):
+    """That process may not hold its lock yet."""
     begun = tmp_path / ".a.txt.0123.tmp"
     begun.touch()
     with atomic_write(tmp_path / "a.txt") as file:
         file.write(b"whole")
     assert begun.exists()
+
+
+@pytest.mark.parametrize("fault", ["a folder", "a file as its folder", "a full disk"])
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch, fault):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "a" / "b.txt"
+    if fault == "a folder":
+        path.mkdir(parents=True)
+    elif fault == "a file as its folder":
+        path.parent.touch()
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error, atomic_write(path) as file:
+        file.write(b"text")
+    assert error.value.filename == str(path) and ".tmp" not in str(error.value)
+    assert not list(tmp_path.rglob("*.tmp"))

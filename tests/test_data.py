@@ -1,8 +1,11 @@
-"""Which characters are read: random blocks as a function of the seed, and a cover of a split."""
+"""Datasets and the data module: which sequences are read, in which order, from which text."""
 
+import errno
 import hashlib
 import multiprocessing
+import os
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -13,11 +16,11 @@ from hypothesis import strategies as st
 from tiny import make_data, write_text
 from torch.utils.data import DataLoader
 
-from chargpt.data import CharDataModule
-from chargpt.data.blocks import EpochBlocks, EvaluationBlocks, RandomBlocks
-from chargpt.data.corpus import CorpusError
+from chargpt.data import CharDataModule, TrainedText, token_file
+from chargpt.data.datasets import EpochSequences, EvaluationSequences, RandomSequences
+from chargpt.model import UserError
 
-TOKENS = np.arange(60_000, dtype=np.uint16)  # each id says where it stands
+TOKENS = np.arange(60_000, dtype=np.uint16)  # each id is its position
 sizes = st.integers(1, 12)
 
 
@@ -31,7 +34,7 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     tokens = TOKENS[:characters]
     seen = Counter()
     for rank in range(world_size):
-        batches = EvaluationBlocks(tokens, block_size, batch_size, rank, world_size)
+        batches = EvaluationSequences(tokens, block_size, batch_size, rank, world_size)
         read = list(batches)
         assert len(read) == len(batches) >= 1  # all ranks take part
         for batch in read:
@@ -51,11 +54,11 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     k=st.integers(0, 2**40),
 )
 def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_size, seed, k):
-    """One device with the whole batch reads what several read together; no block twice in a batch."""
+    """One device with the whole batch reads what several read together; no sequence twice in a batch."""
     tokens = TOKENS[:500]
-    alone = RandomBlocks(tokens, block_size, batch_size * world_size, seed)[k]
+    alone = RandomSequences(tokens, block_size, batch_size * world_size, seed)[k]
     ranks = [
-        RandomBlocks(tokens, block_size, batch_size, seed, r, world_size)[k]
+        RandomSequences(tokens, block_size, batch_size, seed, r, world_size)[k]
         for r in range(world_size)
     ]
     assert torch.equal(torch.cat(ranks), alone)
@@ -69,22 +72,22 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
 @settings(max_examples=150, deadline=None)
 @given(characters=st.integers(13, 400), block_size=sizes, batch_size=sizes, seed=st.integers(0, 99))
 def test_an_epoch_reads_each_character_once(characters, block_size, batch_size, seed):
-    """But for less than two sequences at the ends; and the next epoch cuts the text elsewhere."""
-    blocks = EpochBlocks(TOKENS[:characters], block_size, batch_size, seed)
+    """Except less than two sequences at the ends; the next epoch cuts the text elsewhere."""
+    sequences = EpochSequences(TOKENS[:characters], block_size, batch_size, seed)
     n = max(1, characters // block_size - 1)
-    starts = np.concatenate([blocks.starts(k) for k in range(-(-2 * n // batch_size))])
+    starts = np.concatenate([sequences.starts(k) for k in range(-(-2 * n // batch_size))])
     epochs = starts[:n], starts[n : 2 * n]
     for epoch in epochs:
         read = Counter(t for start in epoch for t in range(start + 1, start + block_size + 1))
         assert set(read.values()) == {1}
         assert min(read) >= 1 and max(read) < characters
         assert len(read) > characters - 1 - 2 * block_size
-    assert all(row[-1] - row[0] == block_size for row in blocks[3].long())
+    assert all(row[-1] - row[0] == block_size for row in sequences[3].long())
 
 
-def test_epochs_differ_in_their_order_and_where_they_cut():
-    blocks = EpochBlocks(TOKENS[:1000], block_size=10, batch_size=99, seed=1)
-    first, second = blocks.starts(0), blocks.starts(1)
+def test_epochs_differ_in_order_and_offset():
+    sequences = EpochSequences(TOKENS[:1000], block_size=10, batch_size=99, seed=1)
+    first, second = sequences.starts(0), sequences.starts(1)
     assert first[0] % 10 != second[0] % 10
     assert not (np.diff(first) == 10).all()
     assert not np.array_equal(first.argsort(), second.argsort())
@@ -94,35 +97,36 @@ def test_epochs_differ_in_their_order_and_where_they_cut():
 @given(block_size=sizes, batch_size=sizes, world_size=st.integers(1, 4), k=st.integers(0, 2**40))
 def test_ranks_share_an_epoch(block_size, batch_size, world_size, k):
     tokens = TOKENS[:500]
-    alone = EpochBlocks(tokens, block_size, batch_size * world_size, 7)[k]
+    alone = EpochSequences(tokens, block_size, batch_size * world_size, 7)[k]
     ranks = [
-        EpochBlocks(tokens, block_size, batch_size, 7, r, world_size)[k] for r in range(world_size)
+        EpochSequences(tokens, block_size, batch_size, 7, r, world_size)[k]
+        for r in range(world_size)
     ]
     assert torch.equal(torch.cat(ranks), alone)
 
 
-def test_every_place_of_the_split_can_be_read():
-    batches = RandomBlocks(TOKENS[:20], block_size=4, batch_size=8, seed=0)
+def test_every_position_of_the_split_can_be_read():
+    batches = RandomSequences(TOKENS[:20], block_size=4, batch_size=8, seed=0)
     starts = {start for k in range(50) for start in batches[k][:, 0].tolist()}
-    assert starts == set(range(16))  # the last block ends with the last character
+    assert starts == set(range(16))  # the last sequence ends with the last character
 
 
-@pytest.mark.parametrize("Blocks", [RandomBlocks, EpochBlocks])
-def test_reading_begins_with_the_first_batch(Blocks):
-    blocks = Blocks(TOKENS, block_size=8, batch_size=4, seed=1)
-    assert torch.equal(next(iter(blocks)), blocks[0])
+@pytest.mark.parametrize("Sequences", [RandomSequences, EpochSequences])
+def test_the_first_batch_is_number_zero(Sequences):
+    sequences = Sequences(TOKENS, block_size=8, batch_size=4, seed=1)
+    assert torch.equal(next(iter(sequences)), sequences[0])
 
 
-def test_a_split_of_one_block_fills_a_batch():
+def test_a_split_of_one_sequence_fills_a_batch():
     assert (
-        RandomBlocks(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
+        RandomSequences(TOKENS[:5], block_size=4, batch_size=3, seed=0)[0].tolist()
         == [[0, 1, 2, 3, 4]] * 3
     )
 
 
-def test_batches_differ_between_steps_and_seeds_and_go_on_anywhere():
+def test_batches_differ_between_steps_and_seeds_and_can_start_anywhere():
     def first(seed, start, n):
-        reading = iter(RandomBlocks(TOKENS, 8, 4, seed, first=start))
+        reading = iter(RandomSequences(TOKENS, 8, 4, seed, start_batch=start))
         return [next(reading).tolist() for _ in range(n)]
 
     assert first(1, 0, 6)[3:] == first(1, 3, 3)
@@ -131,10 +135,10 @@ def test_batches_differ_between_steps_and_seeds_and_go_on_anywhere():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_change_nothing(tmp_path, num_workers):
+def test_workers_keep_the_order(tmp_path, num_workers):
     data = make_data(tmp_path, num_workers=num_workers)
     data.setup()
-    expected = RandomBlocks(data.train_tokens, 8, 4, seed=1)
+    expected = RandomSequences(data.train_tokens, 8, 4, seed=1)
     for k, batch in zip(range(5), data.train_dataloader()):
         assert torch.equal(batch, expected[k])
     targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
@@ -145,7 +149,7 @@ def test_workers_change_nothing(tmp_path, num_workers):
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_workers_map_the_text_themselves(tmp_path, method):
-    """However they start: one that is spawned gets the place of the text and not a copy."""
+    """Whatever the start method: a spawned worker gets the position in the file, not a copy."""
     data = make_data(tmp_path, corpus=str(write_text(tmp_path, 200_000)))
     data.setup()
     train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
@@ -155,15 +159,21 @@ def test_workers_map_the_text_themselves(tmp_path, method):
         assert torch.equal(batch, train[k])
 
 
+RECORDED = ["corpus", "corpus_name", "corpus_digest", "corpus_bytes", "train_characters"]
+
+
 def test_splits(tmp_path):
     data = make_data(tmp_path, val_fraction=0.2, test_fraction=0.1)
     data.setup()
     parts = [data.train_tokens, data.val_tokens, data.test_tokens]
     assert [len(part) for part in parts] == [1400, 400, 200]
     assert data.vocabulary.decode(np.concatenate(parts)) == write_text(tmp_path).read_text()
-    assert data.hparams.corpus == str(tmp_path / "text.txt")
-    assert (
-        data.hparams.corpus_digest == hashlib.sha256(write_text(tmp_path).read_bytes()).hexdigest()
+    assert {name: data.hparams[name] for name in RECORDED} == dict(
+        corpus=str(tmp_path / "text.txt"),
+        corpus_name=str(tmp_path / "text.txt"),
+        corpus_digest=hashlib.sha256(write_text(tmp_path).read_bytes()).hexdigest(),
+        corpus_bytes=2000,
+        train_characters=1400,
     )
 
 
@@ -174,33 +184,152 @@ def test_splits(tmp_path):
         (dict(batch_size=-1), "batch_size is -1"),
         (dict(num_workers=-1), "num_workers is -1"),
         (dict(seed=-1), "seed is -1"),
-        (dict(block_size=8.0), "block_size is 8.0; it must be a whole number from 1 on"),
-        (dict(batch_size="4"), "batch_size is '4'"),
-        (dict(val_fraction=-0.1), "must not be negative"),
-        (dict(val_fraction=0.5, test_fraction=0.5), "leave something to train on"),
-        (dict(val_fraction=float("nan")), "leave something to train on"),
+        (dict(val_fraction=-0.1), "val_fraction is -0.1; it must be at least 0"),
+        (
+            dict(val_fraction=0.5, test_fraction=0.5),
+            "test_fraction is 0.5; it must be less than 1 -",
+        ),
+        (dict(val_fraction=float("nan")), "val_fraction is nan"),
+        (dict(order="sorted"), "order is sorted; it must be random or epochs"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings(settings, message):
+    with pytest.raises(UserError, match=message):
         CharDataModule(**settings)
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(block_size=1800), "1,800 characters to train on.*needs at least 1801"),
-        (dict(val_fraction=0.0005), "1 characters to validate on"),
-        (dict(test_fraction=0.0005), "1 characters to test on"),
+        (dict(block_size=1800), "training needs 1,801 characters, but .*text.txt leaves 1,800\n"),
+        (dict(batch_size=1801), "training needs 1,801 .* 1,800\n.*smaller .*--data.batch_size"),
+        (dict(val_fraction=0.0005), "validation needs 2 characters, .* leaves 1\n"),
+        (dict(test_fraction=0.0005), "testing needs 2 characters, .* leaves 1\n"),
     ],
 )
 def test_splits_that_are_too_short(tmp_path, settings, message):
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(UserError, match=message):
         make_data(tmp_path, **settings).setup()
 
 
 def test_no_test_split_unless_asked_for(tmp_path):
     data = make_data(tmp_path)
     data.setup()
-    with pytest.raises(CorpusError, match="test_fraction"):
+    with pytest.raises(UserError, match="test_fraction"):
         data.test_dataloader()
+
+
+def test_a_second_setup_keeps_the_name_of_the_text(tmp_path):
+    """Lightning prepares the data again for each of fit, validate and test."""
+    data = make_data(tmp_path, corpus="python-reference")
+    for _ in range(2):
+        data.prepare_data()
+        data.setup()
+    assert data.hparams["corpus_name"] == "python-reference"
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("fault", ["a file as its folder", "a full disk"])
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, fault):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = make_data(tmp_path)
+    if fault == "a full disk":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="cannot access .*cache.tokens.*\n.*CHARGPT_DATA_DIR"):
+        data.setup()
+    assert list(tmp_path.rglob("*.npy*")) == []
+
+
+def test_a_text_that_cannot_be_read(tmp_path, monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(token_file, "open", denied, raising=False)
+    with pytest.raises(UserError, match="cannot access .*text.txt: Permission denied\n"):
+        make_data(tmp_path).setup()
+
+
+# --- the text of a checkpoint ---
+
+
+def text_of(data: CharDataModule, named: bool) -> TrainedText:
+    """What the command line takes from a checkpoint of a run with this data."""
+    data.setup()
+    h = data.hparams
+    sizes = h["corpus_bytes"], h["corpus_digest"], h["train_characters"]
+    return TrainedText(*sizes, named=named)
+
+
+def setup_with(folder, trained: TrainedText, allow_other_text=True, **settings) -> CharDataModule:
+    data = make_data(folder, **settings)
+    data.trained_text, data.allow_other_text = trained, allow_other_text
+    data.setup()
+    return data
+
+
+CHANGED = "text.txt is another text, or has changed since the checkpoint was trained on it"
+
+
+@pytest.mark.parametrize("addition", ["", "a"])  # of the recorded size, and longer
+def test_a_changed_text_is_refused_unless_the_user_names_it(tmp_path, addition):
+    path = write_text(tmp_path)
+    trained = text_of(make_data(tmp_path), named=False)
+    assert len(setup_with(tmp_path, trained).train_tokens) == 1800
+    path.write_text(path.read_text()[::-1] + addition)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=f"{CHANGED}\n.*--data.corpus"):
+        setup_with(tmp_path, trained)
+    setup_with(tmp_path, trained._replace(named=True))
+
+
+def test_a_text_of_another_size_than_recorded_is_not_read(tmp_path, monkeypatch):
+    """A checkpoint may come from a stranger, and its path may lead to any file."""
+    trained = text_of(make_data(tmp_path), named=False)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(token_file, "read_file", None)
+    with pytest.raises(UserError, match=CHANGED):
+        setup_with(tmp_path, trained._replace(size=trained.size + 1))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("allow_other_text", [False, True])
+@pytest.mark.parametrize("split", [dict(test_fraction=0.5), dict(val_fraction=0.2)])
+def test_a_split_that_scores_what_was_trained_on_is_refused(
+    tmp_path, named, allow_other_text, split
+):
+    trained = text_of(make_data(tmp_path), named)
+    with pytest.raises(UserError, match="1,800 characters of .* were trained on") as error:
+        setup_with(tmp_path, trained, allow_other_text, **split)
+    assert "--data.val_fraction or --data.test_fraction" in str(error.value)
+
+
+def test_a_copy_of_the_text_and_other_splits_of_the_rest_are_fine(tmp_path):
+    """0.05 and 0.05 leave one character less to train on than 0.1: 1 - 0.05 - 0.05 rounds down."""
+    trained = text_of(make_data(tmp_path), named=True)
+    copy = tmp_path / "copy.txt"
+    shutil.copy(write_text(tmp_path), copy)
+    data = setup_with(
+        tmp_path, trained, False, corpus=str(copy), val_fraction=0.05, test_fraction=0.05
+    )
+    assert len(data.train_tokens) == 1799
+    setup_with(tmp_path, trained, val_fraction=0.05)
+
+
+def test_another_text_may_be_scored_with_any_split_but_not_trained_on(tmp_path):
+    trained = text_of(make_data(tmp_path), named=True)
+    other = tmp_path / "other.txt"
+    other.write_text(write_text(tmp_path).read_text()[::-1])
+    setup_with(tmp_path, trained, corpus=str(other), val_fraction=0.5)
+    with pytest.raises(UserError, match="other.txt is another text.*\n.*omit --ckpt_path"):
+        setup_with(tmp_path, trained, allow_other_text=False, corpus=str(other))
+
+
+def test_resuming_on_a_changed_text_does_not_advise_naming_it(tmp_path):
+    trained = text_of(make_data(tmp_path), named=False)._replace(size=1)
+    with pytest.raises(UserError, match=f"{CHANGED}\n.*omit --ckpt_path"):
+        setup_with(tmp_path, trained, allow_other_text=False)

@@ -1,10 +1,12 @@
-"""The rules of the house: who imports what, and that a setting is declared once."""
+"""The architecture: which part imports which, private names, and settings declared once."""
 
 import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,107 +14,96 @@ import pytest
 import chargpt
 
 PACKAGE = Path(chargpt.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-OURS = "chargpt"
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
-        ".__init__"
-    )
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
-    """The modules that a file imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(module: str) -> set[str]:
+    """The absolute names of what a module imports, anywhere in it; not those for types only."""
+    tree, found = parse(module), set()
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for_types = {id(n) for node in ast.walk(tree) if is_type_checking(node) for n in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            parents = package.split(".")[: package.count(".") + 2 - node.level]
+            source = ".".join([*(parents if node.level else []), *filter(None, [node.module])])
+            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
     return found
 
 
-def reaches(start: str) -> set[str]:
-    """Our modules that `start` imports, directly or not."""
-    known = {module_of(path): path for path in FILES}
-    seen, waiting = set(), [start]
+GRAPH = {module: imports(module) & FILES.keys() for module in FILES}
+LIBRARIES = {m: {name.partition(".")[0] for name in imports(m)} - {"chargpt"} for m in FILES}
+STANDARD = sys.stdlib_module_names
+
+
+def reaches(*modules: str) -> set[str]:
+    """These modules and all that they import, directly or not; not the package itself."""
+    seen, waiting = set(), list(modules)
     while waiting:
-        module = waiting.pop()
-        if module in known and module not in seen:
+        if (module := waiting.pop()) not in seen:
             seen.add(module)
-            waiting += imports(known[module])
-    return seen
+            waiting += GRAPH[module]
+    return seen - {"chargpt"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_lightning_stays_in_its_rooms(path):
-    uses = {name.partition(".")[0] for name in imports(path)} & {"lightning", "torchmetrics"}
-    rooms = ("chargpt.data", "chargpt.training", "chargpt.cli.train")
-    assert not uses or module_of(path).startswith(rooms)
+def below(folder: str) -> set[str]:
+    return {module for module in FILES if module == folder or module.startswith(f"{folder}.")}
 
 
-@pytest.mark.parametrize("module", ["vocabulary", "model", "generation", "textbook"])
-def test_the_afternoons_files_know_nothing_of_the_workshop(module):
-    names = (
-        "vocabulary",
-        "model",
-        "model.errors",
-        "model.gpt",
-        "generation",
-        "textbook",
-        "textbook_walk",
-    )
-    afternoon = {f"chargpt.{name}" for name in names}
-    assert reaches(f"chargpt.{module}") - {OURS} <= afternoon
+# ---- imports ----
+
+
+def test_lightning_is_imported_for_training_only():
+    users = {m for m in FILES if LIBRARIES[m] & {"lightning", "pytorch_lightning", "torchmetrics"}}
+    assert users <= below("chargpt.data") | below("chargpt.training") | {"chargpt.cli.train"}
+
+
+def test_the_model_imports_torch_and_its_own_folder_relatively():
+    model = below("chargpt.model")
+    assert reaches(*model) <= model
+    for module in model:
+        assert LIBRARIES[module] <= STANDARD | {"torch"}
+        nodes = [node for node in ast.walk(parse(module)) if isinstance(node, ast.ImportFrom)]
+        assert all(n.level or not n.module.startswith("chargpt") for n in nodes), module
+
+
+def test_generation_and_vocabulary_import_nothing_beyond_the_model():
+    own = {"chargpt.generation", "chargpt.vocabulary"}
+    assert reaches(*own) <= own | below("chargpt.model")
 
 
 def test_the_textbook_and_the_engine_do_not_import_each_other():
-    for path in FILES:
-        if not path.name.startswith("textbook"):
-            assert "chargpt.textbook" not in imports(path), path
+    textbook = {module for module in FILES if module.startswith("chargpt.textbook")}
+    assert reaches(*textbook) <= textbook
+    assert all(LIBRARIES[module] <= STANDARD | {"torch"} for module in textbook)
+    assert not reaches(*(FILES.keys() - textbook)) & textbook
 
 
-def test_arrows_point_one_way():
-    """No module is imported by what it imports; the script and its walk are one."""
-    for path in FILES:
-        module = module_of(path).removesuffix("_walk")
-        for other in imports(path):
-            if other.startswith(OURS) and other not in (module, OURS, "chargpt.textbook_walk"):
-                assert module not in reaches(other), f"{module} and {other} import each other"
+def test_imports_have_no_cycles():
+    """Except that the textbook, as a script, imports its walk inside a function."""
+    script = {"chargpt.textbook": GRAPH["chargpt.textbook"] - {"chargpt.textbook_walk"}}
+    TopologicalSorter(GRAPH | script).prepare()  # a CycleError names the cycle
 
 
-# Names that begin with an underscore belong to their library; a use that must be stands here. (The
-# counters of Lightning that training/resume.py sets are keys of a checkpoint, not names.)
-PRIVATE = {
-    "_foreach_lerp",
-    "_foreach_lerp_",
-    "_foreach_mul_",
-    "_foreach_add_",  # torch's, for optimizers
-    "_ddp_kwargs",  # Lightning's, in training/resume.py
-}
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_private_names_of_other_libraries(path):
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    attributes = {node.attr: type(node.ctx) for node in nodes if isinstance(node, ast.Attribute)}
-    stored = {
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-    }
-    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-    methods = functions if "lightning" in path.read_text(encoding="utf-8") else set()
-    private = {
-        name
-        for name in {*attributes, *methods}
-        if name.startswith("_") and not name.startswith("__")
-    }
-    assert private <= PRIVATE | stored | (functions - methods)
-
-
-def test_writing_imports_no_lightning_and_parsing_no_more_than_it_needs():
+def test_generating_imports_no_lightning_and_loading_no_parser_either():
     code = (
         "import sys, chargpt; assert 'torch' not in sys.modules; chargpt.load; chargpt.Vocabulary; chargpt.GPT\n"
         "assert not {'lightning', 'torchmetrics', 'jsonargparse'} & sys.modules.keys()\n"
@@ -121,6 +112,83 @@ def test_writing_imports_no_lightning_and_parsing_no_more_than_it_needs():
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
+
+# ---- private names of other libraries ----
+
+PRIVATE = {
+    "_exit": "documented by Python, in spite of its name",
+    "_foreach_lerp": "Muon: one call for all matrices of a shape; torch has no public name for it",
+    "_foreach_lerp_": "the same",
+    "_foreach_mul_": "the same",
+    "_foreach_add_": "the same",
+    "_ddp_kwargs": "Lightning fixes them before the number of ranks is known",
+}
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.endswith("__")
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Private names that may belong to another library, whether read, assigned or overridden.
+
+    A class without bases owns what begins with `self._`; any other may share it with its base.
+    """
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    own = {id(n) for c in classes if not c.bases for n in ast.walk(c)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not (id(node) in own and ast.unparse(node.value) == "self"):
+                yield node.attr
+        elif isinstance(node, ast.ClassDef) and node.bases:
+            for child in node.body:
+                targets = getattr(child, "targets", [getattr(child, "target", None)])
+                names = [getattr(child, "name", None), *(getattr(t, "id", None) for t in targets)]
+                yield from filter(is_private, names)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            yield from (part for name in names for part in name.split(".") if is_private(part))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr"):  # getattr
+            yield from (a.value for a in node.args if is_private(getattr(a, "value", None)))
+
+
+def test_private_names_of_other_libraries_are_listed_with_a_reason():
+    used = {name: module for module in FILES for name in private_names(parse(module))}
+    assert used.keys() == PRIVATE.keys(), used
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "trainer.fit_loop._x = 1",
+        "trainer._x.y = 1",
+        "trainer._x += 1",
+        "del trainer._x",
+        "print(trainer._x)",
+        "setattr(trainer, '_x', 1)",
+        "from torch import _x",
+        "import torch._x.y",
+        "from torch._x import y",
+        "class A(Base):\n    def _x(self): pass",
+        "class A(Base):\n    _x = 1",
+        "class A(Base):\n    _x: int = 1",
+        "class A(Base):\n    def f(self): self._x = 1",
+        "class A:\n    def f(self, other): other._x = 1",
+    ],
+)
+def test_a_private_name_is_found_wherever_it_is(code):
+    assert list(private_names(ast.parse(code))) == ["_x"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["def _x(): pass", "class A:\n    def f(self): self._x = self._x", "super().__init__()"],
+)
+def test_own_private_names_are_allowed(code):
+    assert not list(private_names(ast.parse(code)))
+
+
+# ---- settings ----
 
 DECLARATION = "    n_layer: int = 6\n"
 COMMANDS = r"""
@@ -141,14 +209,13 @@ assert "--model.foo FOO" in out and "How much foo." in out and "(type: int, defa
 status, out, _ = run("fit", "--model.foo=4", "--print_config")
 assert "\n  foo: 4\n" in out, out
 status, _, err = run("fit", "--model.foo=x")
-assert status == 2 and '"model.foo": Expected a int. Got value: x' in err, err
+assert status == 2 and "--model.foo: x is not a whole number" in err, err
 status, _, err = run("fit", "--config=tiny.yaml", "--model.foo=4")
 assert status == 0, err
 last = "lightning_logs/version_0/checkpoints/last.ckpt"
 assert torch.load(last, weights_only=True)["hyper_parameters"]["foo"] == 4
 import chargpt
 assert chargpt.load().gpt.config.foo == 4
-status, _, err = run("validate", "--print_config")
 status, _, err = run("validate", "--model.foo=5")
 assert status == 1 and "foo is 4 in the checkpoint" in err, err
 status, _, err = run("fit", "--ckpt_path=last", "--trainer.max_steps=12", "--model.foo=5")
@@ -157,16 +224,16 @@ assert run("validate")[0] == 0
 """
 
 
-def test_a_setting_of_the_network_is_one_declaration(folder):
-    """In a copy of the package with one field more: the flag, the help and all else follow."""
+def test_a_setting_of_the_network_is_declared_once(folder):
+    """One more field in a copy of the package: flag, help, check and checkpoint follow."""
     copy = folder / "copy" / "chargpt"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (copy / "model" / "gpt.py").read_text(encoding="utf-8")
+    source = (copy / "model" / "config.py").read_text(encoding="utf-8")
     assert source.count(DECLARATION) == 1
     field = DECLARATION + '    """Blocks."""\n    foo: int = 3\n    """How much foo."""\n'
-    blocks = DECLARATION + '    """Blocks, one after the other."""\n'
+    blocks = DECLARATION + '    """Number of transformer blocks."""\n'
     assert blocks in source
-    (copy / "model" / "gpt.py").write_text(source.replace(blocks, field), encoding="utf-8")
+    (copy / "model" / "config.py").write_text(source.replace(blocks, field), encoding="utf-8")
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy.parent),

@@ -1,4 +1,4 @@
-"""Processes over gloo do what one does with a larger batch, and stop together."""
+"""Several ranks (over gloo) train as one does with a larger batch, and stop together."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from tiny import (
 )
 
 from chargpt.checkpoints import read_checkpoint
-from chargpt.data.corpus import NAMED_TEXTS, UnavailableError
+from chargpt.data.texts import NAMED_TEXTS, UnavailableError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 
@@ -30,28 +30,20 @@ TWO = dict(strategy="ddp_fork", devices=2)
 
 
 class Record(Callback):
-    """What each rank read and logged, in a file of its own."""
+    """Saves the batches and losses of each rank, in a file per rank."""
 
     def __init__(self, folder) -> None:
-        self.folder, self.batches, self.own, self.train_losses, self.val_losses = (
-            folder,
-            [],
-            [],
-            [],
-            [],
-        )
+        self.folder = folder
+        self.seen = dict(batches=[], own=[], train=[], val=[])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, *_) -> None:
-        self.batches.append(batch)
-        self.own.append(outputs["loss"].item())
-        self.train_losses.append(trainer.callback_metrics["train_loss"].item())
+        self.seen["batches"].append(batch)
+        self.seen["own"].append(outputs["loss"].item())
+        self.seen["train"].append(trainer.callback_metrics["train_loss"].item())
 
     def on_validation_end(self, trainer, module) -> None:
-        self.val_losses.append(trainer.callback_metrics["val_loss"].item())
-        record = dict(
-            batches=self.batches, own=self.own, train=self.train_losses, val=self.val_losses
-        )
-        torch.save(record, self.folder / f"rank{trainer.global_rank}.pt")
+        self.seen["val"].append(trainer.callback_metrics["val_loss"].item())
+        torch.save(self.seen, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 def train(folder, *callbacks, data=None, model=None, ckpt_path=None, **settings):
@@ -68,7 +60,7 @@ def train(folder, *callbacks, data=None, model=None, ckpt_path=None, **settings)
 
 
 @pytest.mark.parametrize("model", [{}, MUON])
-def test_two_ranks_do_what_one_does_with_twice_the_batch(tmp_path, model):
+def test_two_ranks_train_as_one_does_with_twice_the_batch(tmp_path, model):
     first, second = train(tmp_path / "two", model=model, max_steps=20, **TWO)
     (alone,) = train(tmp_path / "one", model=model, max_steps=20, data=dict(batch_size=8))
     for a, b, both in zip(first["batches"], second["batches"], alone["batches"]):
@@ -80,16 +72,16 @@ def test_two_ranks_do_what_one_does_with_twice_the_batch(tmp_path, model):
     assert first["val"] == pytest.approx(alone["val"], abs=1e-4)
 
 
-def test_ranks_have_masks_of_their_own(tmp_path):
-    """All blocks are alike and the weights stand still: what differs is the masks."""
+def test_each_rank_draws_its_own_dropout(tmp_path):
+    """All sequences are the same and the weights do not change: only the masks differ."""
     (tmp_path / "text.txt").write_text("ab" * 900 + "c" * 200)
     settings = dict(model=dict(dropout=0.5, lr=1e-12, position="rotary"), data=dict(batch_size=1))
     first, second = train(tmp_path, max_steps=3, **settings, **TWO)
     assert len({*first["own"], *second["own"]}) == 6
 
 
-def test_ranks_agree_on_how_much_of_the_time_is_over(tmp_path, monkeypatch):
-    """Each has a clock of its own, the second rank's far ahead; all follow the first one's."""
+def test_ranks_agree_on_the_elapsed_fraction(tmp_path, monkeypatch):
+    """The clock of the second rank runs 50 times as fast; both use the larger fraction."""
     seen = []
 
     class Progress(Callback):
@@ -108,7 +100,7 @@ def test_ranks_agree_on_how_much_of_the_time_is_over(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("characters", [2, 9, 10, 18, 90, 149])
 def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, characters):
-    """Of 2 characters one rank has nothing; of the others the ranks have different numbers of blocks."""
+    """With 2 characters one rank has none; with the others the ranks have unequal shares."""
     data = dict(corpus=str(write_text(tmp_path, 1000)), val_fraction=characters / 1000 + 1e-9)
     scores = []
     for settings in (dict(devices=1), TWO):
@@ -126,7 +118,7 @@ def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, charact
         ("on_train_batch_start", 5, signal.SIGTERM, 3),  # whose sums depend on their order
     ],
 )
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, nth, by, ranks):
+def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(tmp_path, hook, nth, by, ranks):
     class StopSecondRank(StopAt):
         def setup(self, trainer, *_, **__):
             self.nth = self.nth if trainer.global_rank == 1 else None
@@ -143,19 +135,19 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(tmp_path, hook, n
         assert_same(whole[key], parts[key])
 
 
-def test_all_ranks_take_the_fallback_that_the_first_had_to_take(tmp_path, monkeypatch):
-    def not_to_be_had(folders):
-        (tmp_path / "asked for").touch()
+def test_all_ranks_use_the_fallback_text_that_rank_0_chose(tmp_path, monkeypatch):
+    def unavailable(folders):
+        (tmp_path / "requested").touch()
         raise UnavailableError("no network")
 
-    monkeypatch.setitem(NAMED_TEXTS, "tiny-shakespeare", not_to_be_had)
+    monkeypatch.setitem(NAMED_TEXTS, "tiny-shakespeare", unavailable)
     fallback = dict(
         corpus="tiny-shakespeare", fallback_corpus="python-reference", val_fraction=0.001
     )
     first, second = train(tmp_path, data=fallback, max_steps=2, **TWO)
-    assert (tmp_path / "asked for").exists()
+    assert (tmp_path / "requested").exists()
     text = open_text("python-reference", tmp_path / "cache").tokens
     windows = np.lib.stride_tricks.sliding_window_view(text, 9)
     for record in (first, second):
-        block = record["batches"][0][0].numpy()
-        assert (windows == block).all(1).any()
+        sequence = record["batches"][0][0].numpy()
+        assert (windows == sequence).all(1).any()

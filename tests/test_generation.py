@@ -1,4 +1,4 @@
-"""Writing: the cache against recomputing, the window, the choice of a character, and stopping."""
+"""Generation against recomputing, the window, sampling, stop strings and batches."""
 
 import gc
 import math
@@ -6,50 +6,32 @@ import random
 import tracemalloc
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
-from random import Random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import reference_of, window_by_the_rule, write_greedily
+from reference import decode_greedily, reference_of, window_by_the_rule
+from test_kv_cache import ARCHITECTURES, random_gpt, random_prompt
 
 from chargpt.generation import (
     GenerationConfig,
     SequenceState,
     generate,
-    inference_copy,
     mix,
     sample,
     uniform,
     window_length,
 )
-from chargpt.model import GPT, GPTConfig, KVCache
+from chargpt.model import UserError
 
-VOCAB_SIZE = 11
-SIZES = dict(block_size=10, n_embd=16, n_head=2, n_layer=2)
-MODERN = dict(position="rotary", norm="plain", bias=False, activation="relu2", ngrams={2: 7, 5: 37})
-ARCHITECTURES = pytest.mark.parametrize("switches", [{}, MODERN], ids=["textbook", "modern"])
 GREEDY = GenerationConfig(temperature=0)
 WARM = GenerationConfig(temperature=1.5)
 
 
-def random_gpt(**switches) -> GPT:
-    gpt = GPT(GPTConfig(**SIZES | switches), VOCAB_SIZE).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-    return gpt
-
-
-def random_prompt(length: int, seed: int = 0) -> list[int]:
-    return Random(seed).choices(range(VOCAB_SIZE), k=length)
-
-
 def write(gpt, prompts, max_new, config=WARM, exact_window=False, **arguments) -> list[list[int]]:
-    """What `generate` adds to each prompt."""
+    """The ids that `generate` appends to each prompt."""
     texts = [[] for _ in prompts]
     config = replace(config, max_new_chars=max_new, exact_window=exact_window)
     for chunks in generate(gpt, prompts, config, **arguments):
@@ -58,82 +40,11 @@ def write(gpt, prompts, max_new, config=WARM, exact_window=False, **arguments) -
     return texts
 
 
-# ---- the cache ----
-
-
-@ARCHITECTURES
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("steps", [[1] * 10, [10], [4, 1, 1, 3, 1], [9, 1]], ids=str)
-@torch.no_grad()
-def test_cached_logits_are_those_of_recomputing(switches, rows, steps):
-    gpt = random_gpt(**switches)
-    ids = torch.tensor([random_prompt(10, seed) for seed in range(rows)])
-    cache = KVCache(gpt, rows)
-    logits = torch.cat([gpt(part, cache) for part in ids.split(steps, dim=1)], dim=1)
-    torch.testing.assert_close(logits, gpt(ids), rtol=0, atol=1e-4)
-
-
-@ARCHITECTURES
-@torch.no_grad()
-def test_rows_of_different_lengths_do_not_disturb_each_other(switches):
-    gpt = random_gpt(**switches)
-    prompts = [random_prompt(length, seed=length) for length in (7, 1, 4)]
-    together = KVCache(gpt, rows=3, end=7)
-    for row, prompt in enumerate(prompts):
-        alone = KVCache(gpt, rows=1)
-        gpt(torch.tensor([prompt]), alone)
-        together.put([row], alone, [0])
-    for T in (1, 2):  # one character more in each row, then two
-        more = [random_prompt(T, seed=9 + row) for row in range(3)]
-        logits = gpt(torch.tensor(more), together)
-        for row in range(3):
-            prompts[row] += more[row]
-            expected = gpt(torch.tensor([prompts[row]]))[0, -T:]
-            torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_no_more_characters_in_the_cache_than_block_size():
-    gpt = random_gpt()
-    cache = KVCache(gpt, rows=1)
-    gpt(torch.tensor([random_prompt(9)]), cache)
-    with pytest.raises(ValueError, match="11 positions .* block_size is 10"):
-        gpt(torch.tensor([random_prompt(2)]), cache)
-
-
-# ---- the twin that writes ----
-
-
-class Doubled(torch.nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@ARCHITECTURES
-@torch.no_grad()
-def test_the_twin_is_the_network_whatever_was_changed_in_it(switches):
-    gpt, ids = random_gpt(dropout=0.5, **switches).train(), torch.tensor([random_prompt(10)])
-    gpt.head = Doubled(16, 11)
-    gpt.norm = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh())
-    gpt.blocks[1].attention.qkv.weight = gpt.blocks[0].attention.qkv.weight
-    hook = gpt.norm[0].register_forward_hook(lambda *_: pytest.fail("hooks are for training"))
-    logits = inference_copy(gpt)(ids)
-    hook.remove()
-    assert all(module.training for module in gpt.modules())
-    assert torch.equal(logits, gpt.eval()(ids))
-
-
-def test_the_twin_shares_the_weights():
-    gpt = random_gpt(**MODERN)
-    twins = dict(inference_copy(gpt).named_parameters())
-    assert all(twins[name] is weight for name, weight in gpt.named_parameters())
-
-
 # ---- the window ----
 
 
 @given(length=st.integers(1, 100), block_size=st.integers(1, 20))
-def test_the_window_is_that_of_the_documented_rule(length, block_size):
+def test_window_length_follows_the_documented_rule(length, block_size):
     kept = window_length(length, block_size)
     assert kept == len(window_by_the_rule(list(range(length)), block_size))
     assert min(length, block_size / 2) <= kept <= block_size
@@ -143,13 +54,13 @@ def test_the_window_is_that_of_the_documented_rule(length, block_size):
 @ARCHITECTURES
 @pytest.mark.parametrize("exact", [False, True], ids=["halving", "exact"])
 @pytest.mark.parametrize("block_size", [10, 5, 2, 1])
-def test_greedy_texts_are_those_of_the_slow_way(switches, exact, block_size):
+def test_greedy_decoding_equals_recomputing_each_window(switches, exact, block_size):
     gpt = random_gpt(block_size=block_size, **switches)
     reference = reference_of(gpt)
     lengths = sorted({1, max(block_size - 1, 1), block_size, 3 * block_size})
     prompts = [random_prompt(length, seed=length) for length in lengths]
     expected = [
-        write_greedily(reference, prompt, 3 * block_size, exact)[len(prompt) :]
+        decode_greedily(reference, prompt, 3 * block_size, exact)[len(prompt) :]
         for prompt in prompts
     ]
     for prompt, text in zip(prompts, expected):
@@ -158,15 +69,15 @@ def test_greedy_texts_are_those_of_the_slow_way(switches, exact, block_size):
     assert write(gpt, eight, 3 * block_size, GREEDY, exact_window=exact) == (expected * 8)[:8]
 
 
-def test_both_windows_write_the_same_until_the_first_is_full():
+def test_both_kinds_of_window_give_the_same_text_until_the_window_is_full():
     gpt = random_gpt()
     for length in (1, 9):
-        n = 10 - length + 1  # the last of these is written after exactly block_size characters
+        n = 10 - length + 1  # the last of these follows exactly block_size characters
         prompt = [random_prompt(length)]
         assert write(gpt, prompt, n, exact_window=True) == write(gpt, prompt, n)
 
 
-def test_going_on_with_a_text_is_the_same_as_having_written_it_in_one_go():
+def test_continuing_a_text_equals_generating_it_in_one_go():
     gpt, prompt = random_gpt(), random_prompt(3)
     for config in (GREEDY, WARM):
         whole = write(gpt, [prompt], 40, config)[0]
@@ -186,59 +97,78 @@ def test_each_text_is_the_same_alone_and_in_any_batch(switches):
     together = write(gpt, prompts, 50, samples=samples, stops=stops)
     for prompt, number, text in zip(prompts, samples, together):
         assert write(gpt, [prompt], 50, samples=[number], stops=stops) == [text]
-    assert len({len(text) for text in together}) > 3, "they should have left the batch one by one"
+    assert len({len(text) for text in together}) > 3, "they should have ended at different steps"
 
 
-def test_seeds_decide():
+def test_texts_depend_on_seed_and_sample():
     gpt, prompt = random_gpt(), random_prompt(3)
     a, b, c = write(gpt, [prompt] * 3, 30, samples=[0, 1, 0])
     assert a == c != b
     assert write(gpt, [prompt], 30, replace(WARM, seed=1)) != [a]
 
 
-def test_samples_share_the_reading_of_their_prompt(monkeypatch):
-    read = []
-    original = GPT.forward
-
-    def forward(self, ids, cache=None):
-        read.append(tuple(ids.shape))
-        return original(self, ids, cache)
-
-    monkeypatch.setattr(GPT, "forward", forward)
-    write(random_gpt(), [random_prompt(6)] * 5 + [random_prompt(6, seed=1)], 2)
-    assert read == [(2, 5), (6, 1), (6, 1)]
+def test_equal_prompts_are_prefilled_once():
+    shapes, gpt = [], random_gpt()
+    gpt.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    write(gpt, [random_prompt(6)] * 5 + [random_prompt(6, seed=1)], 2)
+    assert shapes == [(2, 5), (6, 1), (6, 1)]
 
 
-def test_the_networks_mode_and_the_callers_random_state_stay():
+def test_modes_of_the_network_and_the_random_state_do_not_change():
     gpt = random_gpt(dropout=0.5)
     expected = write(gpt, [random_prompt(3)], 30)
     gpt.train()
+    gpt.blocks[0].eval()
+    modes = [module.training for module in gpt.modules()]
     state, state_of_python = torch.get_rng_state(), random.getstate()
     steps = generate(gpt, [random_prompt(3)], replace(WARM, max_new_chars=30))
     ids = []
-    for pieces in steps:
-        assert all(module.training for module in gpt.modules()), "between two characters, too"
-        ids += pieces[0].ids
+    for chunks in steps:
+        assert [module.training for module in gpt.modules()] == modes, "between two steps, too"
+        ids += chunks[0].ids
     assert [ids] == expected
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == state_of_python
 
 
+def test_forward_hooks_take_effect():
+    gpt, calls = random_gpt(), []
+    before = write(gpt, [random_prompt(3)], 5)
+
+    def negate(module, args, output):
+        calls.append(output.shape)
+        return -output
+
+    gpt.head.register_forward_hook(negate)
+    assert write(gpt, [random_prompt(3)], 5) != before
+    assert len(calls) == 5 + 1  # and once while prefilling
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("config", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_a_network_with_nan_or_infinite_weights_is_reported_as_broken(number, config):
+    gpt = random_gpt()
+    with torch.no_grad():
+        gpt.head.weight[3, 3] = number
+    with pytest.raises(UserError, match="the network is broken"):
+        write(gpt, [[1, 2]], 3, config)
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "bfloat16 weights"])
-def test_half_precision_writes_too(switches, mixed):
+def test_generation_in_half_precision(switches, mixed):
     gpt = random_gpt(**switches)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         texts = write(gpt if mixed else gpt.bfloat16(), [random_prompt(3), random_prompt(7)], 20)
     assert [len(text) for text in texts] == [20, 20]
 
 
-def test_nothing_to_write():
+def test_zero_new_characters():
     steps = generate(random_gpt(), [[1], [2]], GenerationConfig(max_new_chars=0))
     assert [chunk for step in steps for chunk in step] == [(0, [], True), (1, [], True)]
 
 
-def test_memory_does_not_grow_with_the_text():
+def test_memory_use_does_not_grow_with_the_text():
     gpt = random_gpt(block_size=8, n_layer=1)
     prompts, config = [[1]] * 32 + [[2, 3]] * 32, GenerationConfig(max_new_chars=10**9)
     steps = generate(gpt, prompts, config, range(64), stops=[[1] * 50])
@@ -262,21 +192,21 @@ def test_memory_does_not_grow_with_the_text():
     )  # 300 characters of 64 texts, kept as ids, are 153,600 bytes
 
 
-# ---- the choice ----
+# ---- sampling ----
 
-settings_of_a_choice = st.builds(
+sampling_settings = st.builds(
     GenerationConfig,
     temperature=st.sampled_from([0, 1e-300, 1e-3, 0.5, 1, 3, 1e6]) | st.floats(0, 10),
     top_k=st.none() | st.integers(1, 12),
     top_p=st.none() | st.floats(0, 1, exclude_min=True),
 )
-# whole numbers, so that ties are common
+# integers, so that ties are common
 some_logits = st.lists(st.integers(-9, 9) | st.floats(-80, 80, width=32), min_size=1, max_size=8)
 some_uniforms = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.5, 1 - 2**-53])
 
 
 def stated_distribution(logits: list[float], sampling: GenerationConfig) -> list[float]:
-    """What temperature, top_k and top_p promise, one after the other, in plain words."""
+    """Probabilities by the definitions of temperature, top_k and top_p, in plain Python."""
     likeliest_first = sorted(range(len(logits)), key=lambda id: (-logits[id], id))
     if sampling.temperature == 0:
         return [float(id == likeliest_first[0]) for id in range(len(logits))]
@@ -285,7 +215,7 @@ def stated_distribution(logits: list[float], sampling: GenerationConfig) -> list
         likeliest_first = likeliest_first[: sampling.top_k]
     if (
         sampling.top_p is not None and sampling.top_p < 1
-    ):  # a sum meets 1 before the unlikely are in it
+    ):  # a sum reaches 1 before unlikely ids are included
         total, together, kept = math.fsum(weights[id] for id in likeliest_first), 0.0, []
         for id in likeliest_first:
             kept.append(id)
@@ -302,12 +232,12 @@ def sample_one(logits: list[float], sampling: GenerationConfig, uniform: float) 
     return sample(torch.tensor([logits], dtype=torch.float32), sampling, uniforms).item()
 
 
-@given(some_logits, settings_of_a_choice, some_uniforms)
+@given(some_logits, sampling_settings, some_uniforms)
 @settings(max_examples=300, deadline=None)
-def test_only_what_the_settings_leave_is_chosen(logits, sampling, uniform):
+def test_only_ids_that_the_settings_allow_are_sampled(logits, sampling, uniform):
     chosen = sample_one(logits, sampling, uniform)
     allowed = stated_distribution(logits, sampling)
-    if sampling.top_p is not None:  # a sum that meets top_p within rounding may end either way
+    if sampling.top_p is not None:  # a sum within rounding of top_p may count either way
         looser = replace(sampling, top_p=min(sampling.top_p + 1e-9, 1))
         allowed = stated_distribution(logits, looser)
     assert 0 <= chosen < len(logits)
@@ -320,8 +250,8 @@ def test_only_what_the_settings_leave_is_chosen(logits, sampling, uniform):
     st.none() | st.floats(0.05, 0.95),
 )
 @settings(max_examples=150, deadline=None)
-def test_all_that_the_settings_leave_is_chosen_some_time(logits, top_k, top_p):
-    """So exactly k survive top_k, whatever the ties, and top_p leaves neither more nor fewer."""
+def test_all_ids_that_the_settings_allow_are_sampled(logits, top_k, top_p):
+    """So top_k keeps exactly k ids, whatever the ties, and top_p neither more nor fewer."""
     sampling = GenerationConfig(temperature=1.0, top_k=top_k, top_p=top_p)
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     chosen = sample(torch.tensor([logits] * 4000, dtype=torch.float32), sampling, grid)
@@ -331,14 +261,14 @@ def test_all_that_the_settings_leave_is_chosen_some_time(logits, top_k, top_p):
 
 @given(some_logits, st.integers(1, 5), some_uniforms)
 @settings(max_examples=50, deadline=None)
-def test_the_choice_depends_on_its_own_row_alone(logits, rows, uniform):
+def test_each_row_is_sampled_independently(logits, rows, uniform):
     sampling = GenerationConfig(temperature=0.9, top_k=5, top_p=0.9)
     batch = torch.tensor([logits] + [logits[::-1]] * rows, dtype=torch.float32)
     uniforms = torch.full((rows + 1,), uniform, dtype=torch.float64)
     assert sample(batch, sampling, uniforms)[0].item() == sample_one(logits, sampling, uniform)
 
 
-def test_temperature_zero_takes_the_first_of_the_most_likely():
+def test_temperature_zero_takes_the_first_of_the_most_likely_ids():
     assert sample_one([1, 3, 3, 2], GREEDY, 0.99) == 1
 
 
@@ -351,13 +281,13 @@ LOGITS = [2.0, 1.5, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -2.0, 1.5]
         GenerationConfig(temperature=1.0),
         GenerationConfig(temperature=0.5),
         GenerationConfig(temperature=2.0),
-        GenerationConfig(temperature=1.0, top_k=3),  # one of the three that are equal has to go
+        GenerationConfig(temperature=1.0, top_k=3),  # one of three equal logits is excluded
         GenerationConfig(temperature=1.0, top_p=0.7),
         GenerationConfig(temperature=0.8, top_k=6, top_p=0.9),
     ],
     ids=str,
 )
-def test_20_000_draws_have_the_stated_distribution(sampling):
+def test_20_000_samples_have_the_stated_distribution(sampling):
     n = 20_000
     uniforms = torch.tensor([uniform(0, 0, position) for position in range(n)], dtype=torch.float64)
     drawn = Counter(sample(torch.tensor([LOGITS] * n), sampling, uniforms).tolist())
@@ -376,7 +306,7 @@ def test_20_000_draws_have_the_stated_distribution(sampling):
     ids=["positions", "samples", "seeds", "high bits of seeds", "all of them"],
 )
 def test_random_numbers_are_uniform_and_independent(draw):
-    """Counters lie close together; their random numbers must not."""
+    """Adjacent counters must give independent random numbers."""
     n = 20_000
     numbers = [draw(i) for i in range(n)]
     assert min(numbers) >= 0 and max(numbers) < 1 and len(set(numbers)) > n - 10
@@ -388,13 +318,13 @@ def test_random_numbers_are_uniform_and_independent(draw):
             assert p_value(pairs, [0.01] * 100, n - lag) > 0.001
 
 
-def test_texts_of_one_seed_do_not_share_numbers():
+def test_texts_with_one_seed_do_not_share_random_numbers():
     numbers = {uniform(1, sample, position) for sample in range(50) for position in range(500)}
     assert len(numbers) > 25_000 - 10
 
 
 def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
-    """Pearson's chi-squared test; nothing impossible may be drawn at all."""
+    """Pearson's chi-squared test; no id of probability 0 may occur."""
     possible = [id for id, p in enumerate(probabilities) if p > 0]
     assert set(drawn) <= set(possible)
     statistic = sum(
@@ -417,8 +347,8 @@ def p_value(drawn: Counter, probabilities: list[float], n: int) -> float:
         (dict(top_p=math.nan), "top_p is nan"),
     ],
 )
-def test_settings_that_mean_nothing(wrong, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings(wrong, message):
+    with pytest.raises(UserError, match=message):
         GenerationConfig(**wrong)
 
 
@@ -437,7 +367,7 @@ def test_mix_is_lowbias32_of_the_number_plus_the_golden_ratio(bits):
         assert mix(bits) == lowbias32(np.uint32(bits) + golden)
 
 
-def test_sampling_parameters_cannot_change_while_a_text_is_written():
+def test_sampling_parameters_are_immutable():
     with pytest.raises(FrozenInstanceError):
         WARM.temperature = 0.0
 
@@ -449,7 +379,7 @@ def test_sampling_parameters_cannot_change_while_a_text_is_written():
     st.lists(st.integers(0, 2), min_size=1, max_size=30),
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=3),
 )
-def test_a_text_ends_before_the_first_stop_and_nothing_shown_is_taken_back(written, stops):
+def test_a_text_ends_before_the_first_stop_string(written, stops):
     text, shown = SequenceState(0, 0, 0, []), []
     for n, id in enumerate(written, start=1):
         piece = text.add(id, stops, last=n == len(written))
@@ -466,7 +396,7 @@ def test_a_text_ends_before_the_first_stop_and_nothing_shown_is_taken_back(writt
         assert n == len(stopped) and shown == stopped[:-longest]
 
 
-def test_what_cannot_begin_a_stop_is_shown_at_once():
+def test_ids_that_cannot_start_a_stop_string_are_returned_at_once():
     text = SequenceState(0, 0, 0, [])
     shown = [text.add(id, [[1, 2, 3]], last=False).ids for id in [0, 1, 2, 0, 1, 1, 2]]
     assert shown == [[0], [], [], [1, 2, 0], [], [1], []]

@@ -1,4 +1,4 @@
-"""What the network is seen to look at is what it computes with."""
+"""The recorded attention weights reproduce the outputs of the attention layers."""
 
 import pytest
 import torch
@@ -9,41 +9,41 @@ from chargpt.model import KVCache
 
 
 def outputs(gpt, run):
-    """What each attention layer gave, by a hook of our own, and what `inspect` saw."""
-    given = []
+    """Input and output of each attention layer, what `inspect` recorded, and the logits."""
+    recorded = []
     hooks = [
         block.attention.register_forward_hook(
-            lambda module, args, output: given.append((args[0], output))
+            lambda module, args, output: recorded.append((args[0], output))
         )
         for block in gpt.blocks
     ]
-    with inspect(gpt) as seen:
+    with inspect(gpt) as layers:
         logits = run()
     for hook in hooks:
         hook.remove()
-    return given, seen, logits
+    return recorded, layers, logits
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 @torch.no_grad()
-def test_attention_weights_times_values_is_what_attention_gives(switches):
+def test_attention_weights_times_values_give_the_output_of_attention(switches):
     gpt, ids = random_gpt(**switches), random_ids(2, 12)
-    given, seen, logits = outputs(gpt, lambda: gpt(ids))
-    assert len(seen) == len(gpt.blocks)
-    for block, (x, output), layer in zip(gpt.blocks, given, seen):
+    recorded, layers, logits = outputs(gpt, lambda: gpt(ids))
+    assert len(layers) == len(gpt.blocks)
+    for block, (x, output), layer in zip(gpt.blocks, recorded, layers):
         _, _, v = block.attention.query_key_value(x, None)  # values are not rotated
         assert layer.attention.shape == (2, 3, 12, 12)
         assert (layer.attention.triu(1) == 0).all()
         torch.testing.assert_close(layer.attention.sum(-1), torch.ones(2, 3, 12))
         y = (layer.attention @ v).transpose(1, 2).flatten(2)
         torch.testing.assert_close(block.attention.projection(y), output, rtol=0, atol=1e-4)
-    torch.testing.assert_close(gpt.head(gpt.norm(seen[-1].residual)), logits)
-    assert torch.equal(gpt(ids), logits)  # nothing is left behind
+    torch.testing.assert_close(gpt.head(gpt.norm(layers[-1].residual)), logits)
+    assert torch.equal(gpt(ids), logits)  # no hook remains
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 @torch.no_grad()
-def test_cached_passes_are_seen_as_the_whole_is(switches):
+def test_passes_with_a_cache_record_the_same_as_one_pass(switches):
     gpt, ids = random_gpt(**switches), random_ids(2, 12)
     with inspect(gpt) as whole:
         gpt(ids)
@@ -52,16 +52,36 @@ def test_cached_passes_are_seen_as_the_whole_is(switches):
         for part in ids.split([5, 1, 6], dim=1):
             gpt(part, cache)
     for layer in range(n_layer):
-        for begin, end, seen in zip((0, 5, 6), (5, 6, 12), parts[layer::n_layer]):
-            expected = whole[layer].attention[:, :, begin:end, :end]
-            torch.testing.assert_close(seen.attention, expected, rtol=0, atol=1e-5)
+        for start, end, layer_pass in zip((0, 5, 6), (5, 6, 12), parts[layer::n_layer]):
+            expected = whole[layer].attention[:, :, start:end, :end]
+            torch.testing.assert_close(layer_pass.attention, expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(
-                seen.residual, whole[layer].residual[:, begin:end], rtol=0, atol=1e-4
+                layer_pass.residual, whole[layer].residual[:, start:end], rtol=0, atol=1e-4
             )
 
 
-def test_what_is_inspected_may_be_trained():
+def test_inspection_does_not_disturb_training():
     gpt, ids = random_gpt(), random_ids(2, 12)
-    with inspect(gpt) as seen:
+    with inspect(gpt) as layers:
         gpt(ids).sum().backward()
-    assert not seen[0].attention.requires_grad and not seen[0].residual.requires_grad
+    assert not layers[0].attention.requires_grad and not layers[0].residual.requires_grad
+    assert gpt.head.weight.grad is not None
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths():
+    gpt, ids = random_gpt(position="rotary", ngrams={3: 37}), random_ids(2, 6)
+    cache = KVCache(gpt, rows=2)
+    for row, length in enumerate((5, 2)):
+        alone = KVCache(gpt, rows=1)
+        gpt(ids[row : row + 1, :length], alone)
+        cache.copy_rows([row], alone, [0])
+    with inspect(gpt) as together:
+        gpt(torch.stack((ids[0, 5:6], ids[1, 2:3])), cache)
+    with inspect(gpt) as alone:
+        gpt(ids[1:, :3])
+    for layer, expected in zip(together, alone):
+        torch.testing.assert_close(
+            layer.attention[1, :, :, :3], expected.attention[0, :, -1:], rtol=0, atol=1e-5
+        )
+        assert (layer.attention[1, :, :, 3:] == 0).all()

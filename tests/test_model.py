@@ -1,11 +1,13 @@
-"""The network against its textbook form, and what a network of this kind must never do."""
+"""The network against its textbook form, causality, initialization, dropout and settings."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import named_as_in_gpt, reference_of
+from torch import nn
 
-from chargpt.model.gpt import GPT, GPTConfig, NgramEmbedding
+from chargpt.model import GPT, GPTConfig, UserError
+from chargpt.model.ngrams import NgramEmbedding
 
 SIZES = dict(block_size=12, n_embd=24, n_head=3, n_layer=2)
 SWITCHES = {
@@ -48,12 +50,12 @@ def random_ids(*shape: int, seed: int = 2) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_base_size_has_the_textbooks_parameters():
+def test_number_of_parameters_at_the_base_size():
     assert sum(p.numel() for p in GPT(GPTConfig(), vocab_size=65).parameters()) == 10_788_929
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_logits_and_gradients_are_those_of_the_textbook(switches):
+def test_logits_and_gradients_equal_those_of_the_reference(switches):
     gpt = random_gpt(**switches).double()
     reference = reference_of(gpt)
     ids, targets = random_ids(3, 12), random_ids(3, 12, seed=3)
@@ -68,12 +70,12 @@ def test_logits_and_gradients_are_those_of_the_textbook(switches):
         torch.testing.assert_close(
             gradients[name], expected, rtol=0, atol=2e-6, msg=lambda m: f"{name}: {m}"
         )
-        assert expected.abs().max() > 1e-3, f"{name}: a gradient of nothing proves nothing"
+        assert expected.abs().max() > 1e-3, f"{name}: a zero gradient proves nothing"
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 @torch.no_grad()
-def test_no_character_sees_a_later_one(switches):
+def test_no_position_sees_a_later_one(switches):
     gpt, ids = random_gpt(**switches), random_ids(1, 12)
     before = gpt(ids)
     for position in (1, 6, 11):
@@ -82,6 +84,14 @@ def test_no_character_sees_a_later_one(switches):
         after = gpt(changed)
         torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-6)
         assert (after - before)[:, position:].abs().amax(-1).min() > 1e-4
+
+
+@torch.no_grad()
+def test_logits_of_a_prefix_are_those_of_the_whole_sequence():
+    gpt, ids = random_gpt(position="rotary", ngrams={3: 37}), random_ids(2, 12)
+    logits = gpt(ids)
+    for T in range(1, 12):
+        torch.testing.assert_close(gpt(ids[:, :T]), logits[:, :T], rtol=0, atol=1e-5)
 
 
 def test_initial_weights():
@@ -98,30 +108,73 @@ def test_initial_weights():
             assert abs(parameter.mean().item()) < 0.03 * std, name
 
 
-@torch.no_grad()
-def test_zero_init_starts_as_the_identity_and_undecided():
-    gpt = make_gpt(zero_init=True, ngrams={3: 5}).eval()
-    ids = random_ids(2, 12)
-    assert (gpt(ids) == 0).all()
-    x = gpt.token_embedding(ids)
-    assert torch.equal(gpt.blocks[0](x), x)
+class Experts(nn.Module):
+    """Two linear layers with 3-D weights, a matrix for each expert; the average of both."""
+
+    residual = True
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, C, C))
+        self.bias = nn.Parameter(torch.ones(2, C))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.einsum("btc,edc->btd", x, self.weight) + self.bias.sum(0)) / 2
 
 
-def test_ngram_dropout_leaves_whole_vectors_out_and_keeps_their_mean():
-    settings = dict(ngrams={2: 50, 3: 70}, ngram_dropout=0.25)
-    embedding = NgramEmbedding(GPTConfig(**SIZES | settings))
-    ids, preceding = random_ids(500, 12), random_ids(500, 2, seed=3)
-    torch.nn.init.constant_(embedding.table.weight, 3.0)
-    vectors = embedding(ids, preceding) / 3.0  # of two tables: 0, 1 or 2 of them kept
+def test_initialization_follows_the_modules_not_their_names():
+    """A layer with another name and a 3-D weight is scaled with depth; a tied weight is not."""
+
+    class Tied(GPT):
+        def initialize(self) -> None:
+            self.head.weight = self.token_embedding.weight
+            for block in self.blocks:
+                block.feed_forward = Experts(self.config.n_embd)
+            super().initialize()
+
+    torch.manual_seed(0)
+    gpt = Tied(GPTConfig(n_embd=192, n_layer=3), vocab_size=65)
+    assert gpt.head.weight is gpt.token_embedding.weight
+    assert gpt.head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    for block in gpt.blocks:
+        weight = block.feed_forward.weight
+        assert weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.03)
+        assert (block.feed_forward.bias == 0).all()
+    assert gpt(random_ids(2, 12)).isfinite().all()
+
+
+def test_a_network_built_on_the_meta_device_works_once_weights_are_assigned():
+    for switches in SWITCHES.values():
+        gpt, ids = random_gpt(**switches), random_ids(2, 12)
+        state = torch.get_rng_state()
+        with torch.device("meta"):
+            empty = make_gpt(**switches)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(tensor.is_meta for tensor in empty.state_dict().values())
+        assert not list(empty.buffers())
+        empty.load_state_dict(gpt.state_dict(), assign=True)
+        assert torch.equal(empty.eval()(ids), gpt(ids))
+
+
+def test_ngram_dropout_zeroes_whole_vectors_and_keeps_their_mean():
+    embedding = NgramEmbedding({2: 50, 3: 70}, n_embd=24, dropout=0.25)
+    ids = random_ids(500, 2 + 12)
+    nn.init.constant_(embedding.table.weight, 3.0)
+    vectors = embedding(ids) / 3.0  # the sum of two tables: 0, 1 or 2 of them kept
     assert (vectors == vectors[..., :1]).all()
-    shares = torch.stack([(vectors[..., 0] * 0.75).round() == n for n in range(3)])
+    fractions = torch.stack([(vectors[..., 0] * 0.75).round() == n for n in range(3)])
     expected = torch.tensor([0.0625, 0.375, 0.5625])
-    torch.testing.assert_close(shares.float().mean((1, 2)), expected, rtol=0, atol=0.02)
-    assert (embedding.eval()(ids, preceding) == 6.0).all()
+    torch.testing.assert_close(fractions.float().mean((1, 2)), expected, rtol=0, atol=0.02)
+    assert (embedding.eval()(ids) == 6.0).all()
 
 
-def test_dropout_works_in_training_alone():
-    gpt, ids = make_gpt(dropout=0.5), random_ids(2, 12)
+@pytest.mark.parametrize(
+    "switches",
+    [dict(dropout=0.5), dict(dropout=0.0, attention_dropout=0.5)],
+    ids=["activations", "attention"],
+)
+def test_dropout_is_active_in_training_only(switches):
+    gpt, ids = random_gpt(**switches).train(), random_ids(2, 12)
     assert not torch.equal(gpt(ids), gpt(ids))
     gpt.eval()
     assert torch.equal(gpt(ids), gpt(ids))
@@ -135,21 +188,23 @@ def test_dropout_works_in_training_alone():
         (dict(n_head=0), "n_head is 0"),
         (dict(n_layer=0), "n_layer is 0"),
         (dict(n_head=5), "n_embd 24 is not divisible by n_head 5"),
-        (dict(n_head=8, position="rotary"), "rotary .* is odd"),
+        (dict(n_head=8, position="rotary"), "rotary positions need an even n_embd / n_head, not 3"),
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
-        (dict(ngrams={1: 8}), "ngrams has 1; .* 2 to 5"),
-        (dict(ngrams={6: 8}), "ngrams has 6"),
-        (dict(ngrams={"3": 8}), "ngrams has '3'"),
+        (dict(ngrams={1: 8}), "ngrams has 1: 8; n must be 2 to 5"),
+        (dict(ngrams={6: 8}), "ngrams has 6: 8"),
+        (dict(ngrams={"3": 8}), "ngrams has '3': 8"),
         (dict(ngrams={3: 0}), "ngrams has 3: 0"),
         (dict(dropout=-0.1), "dropout is -0.1"),
+        (dict(bias=1), "bias is 1; it must be bool"),
+        (dict(norm="batch"), "norm is 'batch'; it must be one of layer, plain"),
     ],
 )
-def test_sizes_that_cannot_be(wrong, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings(wrong, message):
+    with pytest.raises(UserError, match=message):
         make_gpt(**wrong)
 
 
-def test_more_positions_than_block_size():
-    with pytest.raises(ValueError, match="13 positions .* block_size is 12"):
+def test_more_characters_than_block_size():
+    with pytest.raises(UserError, match="13 positions requested, but block_size is 12"):
         make_gpt()(random_ids(1, 13))

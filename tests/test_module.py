@@ -1,6 +1,7 @@
 """The loss and its mean, the learning rate and the clock, precision, and what a checkpoint carries."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from lightning import Callback
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer, write_text
 
-from chargpt.checkpoints import CheckpointError, network_of, read_checkpoint
+from chargpt.checkpoints import build_network, read_checkpoint
+from chargpt.model import UserError
+from chargpt.training import display
 from chargpt.training.module import GPTModule
 from chargpt.vocabulary import Vocabulary
 
@@ -29,7 +32,7 @@ def train(folder, *callbacks, model=None, data=None, ckpt_path=None, **settings)
     watch = Watch()
     trainer = make_trainer(folder, watch, *callbacks, **settings)
     module = make_module(**model or {})
-    trainer.fit(module, make_data(folder, **data or {}), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, make_data(folder, **data or {}), ckpt_path=ckpt_path)
     return watch, module, trainer
 
 
@@ -197,7 +200,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     blocks = torch.cat([batch for _, batch in zip(range(4), data.train_dataloader())]).long()
     fresh = make_module(**model)
     fresh.build(data.vocabulary)
-    fresh.loss(fresh.gpt.features(blocks[:, :-1]), blocks[:, 1:]).backward()
+    fresh.loss(fresh.gpt.hidden_states(blocks[:, :-1]), blocks[:, 1:]).backward()
     for accumulated, p in zip(gradients[0], fresh.parameters()):
         torch.testing.assert_close(accumulated, p.grad, rtol=1e-4, atol=1e-7)
 
@@ -211,7 +214,7 @@ def test_the_second_target_is_the_character_after_the_next():
     torch.nn.init.normal_(module.second_head.weight)
     ids = torch.randint(6, (3, 9), generator=torch.Generator().manual_seed(0))
     module.progress = 0.25  # half of its weight is left
-    features = module.gpt.features(ids[:, :-1])
+    features = module.gpt.hidden_states(ids[:, :-1])
     log_p = (features @ module.second_head.weight.T).log_softmax(-1)
     expected = -torch.stack([log_p[b, t, ids[b, t + 2]] for b in range(3) for t in range(7)]).mean()
     assert module.second_loss(features, ids[:, 1:]).item() == pytest.approx(0.25 * expected.item())
@@ -223,7 +226,7 @@ def test_the_second_target_fades_and_is_no_part_of_the_network(tmp_path):
     weights = [module.config.second_target_at(step / 8) for step in range(8)]
     assert weights == [0.5, 0.375, 0.25, 0.125, 0, 0, 0, 0]
     assert module.second_head.weight.abs().max() > 0
-    gpt, _ = network_of(read_checkpoint(last(tmp_path)), "last")
+    gpt, _ = build_network(read_checkpoint(last(tmp_path)), "last")
     assert_same(dict(gpt.state_dict()), dict(module.gpt.state_dict()))
 
 
@@ -266,12 +269,31 @@ def test_going_on_counts_the_time_already_spent(tmp_path, clock):
     assert trainer.global_step == 5
 
 
+def test_throughput_counts_neither_the_first_step_nor_validation_and_what_follows(
+    tmp_path, monkeypatch
+):
+    """A batch of 4 sequences of 8 characters takes a second here, anything else much longer."""
+    now, seen = [0.0], []
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            now[0] += 1 if trainer.global_step else 50
+            seen.append(trainer.callback_metrics.get("chars_per_second"))
+
+        def on_validation_end(self, *_):
+            now[0] += 100
+
+    monkeypatch.setattr(display, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    train(tmp_path, Slow())
+    assert seen == [None, None] + [32] * 10
+
+
 # ---- what a checkpoint carries ----
 
 
 def test_a_typed_learning_rate_takes_effect_on_going_on(tmp_path):
     train(tmp_path, model=MUON, max_steps=4)
-    model = dict(lr=0.5, muon_lr=0.25, muon_weight_decay=0.0)
+    model = MUON | dict(lr=0.5, muon_lr=0.25, muon_weight_decay=0.0)
     watch, _, trainer = train(tmp_path, model=model, max_steps=5, ckpt_path=last(tmp_path))
     assert watch.lrs == [[0.5, 0.5, 0.25, 0.25]]
     assert trainer.optimizers[0].param_groups[-1]["weight_decay"] == 0.0
@@ -287,28 +309,10 @@ def test_a_checkpoint_alone_gives_network_and_vocabulary(trained):
     assert list(checkpoint["state_dict"]) == [f"gpt.{name}" for name in module.gpt.state_dict()]
 
 
-def test_a_checkpoint_of_version_0_1_has_other_names_for_n_grams(tmp_path):
-    _, module, trainer = train(tmp_path, model=dict(ngrams={3: 40}), max_steps=2)
-    checkpoint = torch.load(last(tmp_path), weights_only=True)
-    settings, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-    del settings["ngrams"], settings["ngram_dropout"], settings["second_target"]
-    settings["trigram_rows"] = 40
-    state["gpt.trigram_embedding.table.weight"] = state.pop("gpt.ngram_embedding.table.weight")
-    torch.save(checkpoint, old := tmp_path / "old.ckpt")
-
-    gpt, _ = network_of(read_checkpoint(old), old)
-    assert_same(dict(gpt.state_dict()), dict(module.gpt.state_dict()))
-    expected = trainer.callback_metrics["val_loss"]
-    fresh, data = make_module(ngrams={3: 40}, seed=5), make_data(tmp_path)
-    trainer = make_trainer(tmp_path)
-    trainer.validate(fresh, data, ckpt_path=old, weights_only=True, verbose=False)
-    assert trainer.callback_metrics["val_loss"] == expected
-
-
 def test_another_vocabulary_is_refused(trained, tmp_path):
     folder, _ = trained
     write_text(tmp_path, alphabet="abcdefghz\n")
-    with pytest.raises(CheckpointError, match=r"new \('z'\) and 1 missing \(' '\)"):
+    with pytest.raises(UserError, match=r"characters \[' ', 'z'\]"):
         train(tmp_path, ckpt_path=last(folder))
 
 
@@ -318,7 +322,7 @@ def test_another_vocabulary_is_refused(trained, tmp_path):
         (dict(lr=0.0), "lr is 0.0"),
         (dict(n_embd=10, n_head=3), "not divisible"),
         (dict(dropout=1.0), "dropout is 1.0"),
-        (dict(block_size=8, short_contexts={3: 0.5}), "3 does not divide"),
+        (dict(block_size=8, short_contexts={3: 0.5}), "3: 0.5; lengths must divide block_size 8"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -334,7 +338,8 @@ def test_scores_are_in_full_precision_whatever_the_network_computes_in(tmp_path)
 
 
 def test_module_and_data_must_agree_on_the_block_size(tmp_path):
-    with pytest.raises(ValueError, match="block_size is 16 in the GPTModule, but 8"):
+    with pytest.raises(UserError, match="block_size is 16 in the GPTModule, but 8"):
         train(tmp_path, model=dict(block_size=16))
-    with pytest.raises(ValueError, match="learns from a CharDataModule"):
+    tmp_path.mkdir(exist_ok=True)  # removed with the run that failed
+    with pytest.raises(UserError, match="needs a CharDataModule"):
         make_trainer(tmp_path).fit(make_module(), train_dataloaders=[])

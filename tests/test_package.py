@@ -1,4 +1,4 @@
-"""The package outside of its clone: what a wheel holds, and configurations by name."""
+"""The installed package: the contents of a wheel, and shipped configurations by name."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def python(folder: Path, *args: str, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with what a wheel holds that was built from the source archive."""
+    """A folder with the contents of a wheel that was built from the source archive."""
     try:
         if int(version("setuptools").partition(".")[0]) < 77:
             pytest.skip("setuptools is older than 77")
@@ -50,7 +50,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "installed"
 
 
-def test_a_wheel_holds_every_file_of_the_package(installed):
+def test_a_wheel_contains_every_file_of_the_package(installed):
     kinds = {".py", ".js", ".html", ".css", ".typed"}
     ours = {
         path
@@ -59,23 +59,22 @@ def test_a_wheel_holds_every_file_of_the_package(installed):
     }
     names = {path.relative_to(ROOT).as_posix() for path in ours}
     names |= {f"chargpt/configs/{name}.yaml" for name in CONFIGS}
-    held = {
+    packed = {
         p.relative_to(installed).as_posix()
         for p in (installed / "chargpt").rglob("*")
         if p.is_file()
     }
-    assert held == names
+    assert packed == names
     (metadata,) = installed.glob("chargpt-*.dist-info/METADATA")
     assert f"Version: {chargpt.__version__}\n" in metadata.read_text(encoding="utf-8")
-    assert "chargpt.cli.main:main" in metadata.with_name("entry_points.txt").read_text()
+    assert "chargpt.__main__:main" in metadata.with_name("entry_points.txt").read_text()
 
 
-def test_the_main_job_outside_of_the_clone(installed, tmp_path, text):
-    """In an empty folder: the command trains by the name of a configuration, writes, exports."""
+def test_an_installed_package_trains_generates_and_exports(installed, tmp_path, text):
     (tmp_path / "text.txt").write_text(text, newline="\n")
 
     def run(*args: str) -> str:
-        code = "from chargpt.cli.main import main; main()"  # as the console command does
+        code = "from chargpt.__main__ import main; main()"  # as the console command does
         return python(tmp_path, "-c", code, *args, path=installed)
 
     settings = ("--data.corpus=text.txt", "--trainer.max_steps=2", "--model.bias=false")
@@ -85,9 +84,7 @@ def test_the_main_job_outside_of_the_clone(installed, tmp_path, text):
     assert (tmp_path / "folder" / "model.safetensors").is_file()
 
 
-def test_configurations_are_found_by_name_and_files_of_that_name_win(
-    tmp_path, monkeypatch, command
-):
+def test_a_configuration_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch, command):
     assert sorted(shipped_configs()) == CONFIGS
     monkeypatch.chdir(tmp_path)
     assert Path(find_config("cpu")) == ROOT / "configs" / "cpu.yaml"

@@ -1,4 +1,4 @@
-"""What the predict command does with a TextGenerator: prompts in, texts out, and nothing half done."""
+"""predict: prompts, output formats, files and pipes, interruption and errors."""
 
 import io
 import json
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from test_text_generator import make_generator
 
-from chargpt.cli.predict import SEPARATOR, one_by_one, predict
+from chargpt.cli.predict import SEPARATOR, predict, write_texts
+from chargpt.cli.predict import run as run_command
 from chargpt.generation import GenerationConfig
+from chargpt.model import UserError
 from chargpt.text_generator import TextChunk, TextGenerator
 from chargpt.vocabulary import UnknownCharacterError
 
@@ -35,23 +37,23 @@ def line(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def test_standard_output_holds_the_prompt_and_what_follows_it(capfdbinary):
+def test_standard_output_has_the_prompt_and_its_continuation_only(capfdbinary):
     run(prompt="café", seed=3)
     assert capfdbinary.readouterr() == (line(complete("café", seed=3)).encode(), b"")
 
 
-def test_defaults_are_those_of_python(capsys):
+def test_defaults_equal_those_of_the_python_interface(capsys):
     predict(GENERATOR, "x.ckpt")
     assert capsys.readouterr().out == line(GENERATOR.complete("\n"))
 
 
-def test_several_samples_are_separated(capsys):
+def test_several_samples_have_a_separator(capsys):
     run(prompt="abc", num_samples=3)
     samples = GENERATOR.complete_all(["abc"], num_samples=3, max_new_chars=30)[0]
     assert capsys.readouterr().out == SEPARATOR.join(map(line, samples))
 
 
-def test_prompts_of_a_file(capsys, tmp_path):
+def test_prompts_from_a_file(capsys, tmp_path):
     for ending, bom in (("\n", b""), ("\r\n", b"\xef\xbb\xbf")):
         file = tmp_path / "prompts.txt"
         file.write_bytes(bom + f"abc{ending}{ending}café dead{ending}".encode())
@@ -73,7 +75,7 @@ def test_a_file_of_one_empty_line_is_one_empty_prompt(capsys, tmp_path):
     assert capsys.readouterr().out == line(complete("\n"))
 
 
-def test_a_prompt_from_standard_input_is_taken_as_it_stands(capsys, monkeypatch):
+def test_a_prompt_from_standard_input_is_taken_literally(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Stdin("café\n".encode()))
     run(prompt="-")
     assert capsys.readouterr().out == line(complete("café\n"))
@@ -94,42 +96,42 @@ def test_json_lines(capsys):
     assert again == GenerationConfig(max_new_chars=30, seed=7, temperature=0.5, stop=["é"])
 
 
-def test_output_goes_to_the_file_alone(capsys, tmp_path):
+def test_output_to_a_file_leaves_standard_output_empty(capsys, tmp_path):
     file = tmp_path / "poem.txt"
-    file.write_text("what it held before")
+    file.write_text("earlier content")
     run(prompt="café", output=str(file))
     assert file.read_text(encoding="utf-8") == line(complete("café"))
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_an_error_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_an_error_leaves_the_output_file_unchanged(tmp_path, monkeypatch):
     def fails(*_):
         yield TextChunk(0, "a", False)
         raise RuntimeError("out of something")
 
     file = tmp_path / "poem.txt"
-    file.write_text("what it held before")
+    file.write_text("earlier content")
     monkeypatch.setattr(TextGenerator, "write", fails)
     with pytest.raises(RuntimeError):
         run(output=str(file))
-    assert file.read_text() == "what it held before"
+    assert file.read_text() == "earlier content"
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path):
+def test_the_target_of_a_symbolic_link_is_replaced_not_the_link(tmp_path):
     file, link = tmp_path / "poem.txt", tmp_path / "newest.txt"
-    file.write_text("what it held before")
+    file.write_text("earlier content")
     try:
         link.symlink_to(file)
     except OSError:
-        pytest.skip("no links here")
+        pytest.skip("this system has no symbolic links")
     run(prompt="café", output=str(link))
     assert link.is_symlink() and file.read_text(encoding="utf-8") == line(complete("café"))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_written_to_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -139,9 +141,9 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     os.close(reader)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no names for open files here")
-def test_a_pipe_without_a_name_is_written_to():
-    """As the shell's `--generate.output >(gzip > poem.gz)` asks."""
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="this system has no /dev/fd")
+def test_an_open_pipe_is_written_to():
+    """As in the shell with `--generate.output >(gzip > poem.gz)`."""
     reader, pipe = os.pipe()
     run(prompt="café", output=f"/dev/fd/{pipe}")
     assert os.read(reader, 1000) == line(complete("café")).encode()
@@ -149,62 +151,83 @@ def test_a_pipe_without_a_name_is_written_to():
     os.close(pipe)
 
 
-@pytest.mark.parametrize("output", [False, True])
-@pytest.mark.parametrize("format", ["text", "jsonl"])
-def test_an_interruption_leaves_the_texts_so_far(capsys, tmp_path, monkeypatch, output, format):
-    def interrupted(*_):
-        yield from [
-            TextChunk(0, "a", False),
-            TextChunk(1, "b", False),
-            TextChunk(0, "c", False),
-            TextChunk(1, "d", True),
-        ]
+def interrupted_after(*chunks: TextChunk):
+    def write(*_):
+        yield from chunks
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TextGenerator, "write", interrupted)
+    return write
+
+
+TWO_OF_THREE = [
+    TextChunk(0, "a", False),
+    TextChunk(1, "b", False),
+    TextChunk(2, "x", True),
+    TextChunk(0, "c", False),
+    TextChunk(1, "d", True),
+]
+
+
+@pytest.mark.parametrize("output", [False, True])
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+@pytest.mark.parametrize(
+    "chunks, num_samples, texts",
+    [(TWO_OF_THREE, 3, ["ébd", "éx"]), (TWO_OF_THREE[:1], 1, ["éa"])],
+    ids=["several texts", "one text"],
+)
+def test_an_interruption_keeps_complete_texts_and_what_there_is_of_a_single_one(
+    capsys, tmp_path, monkeypatch, output, format, chunks, num_samples, texts
+):
+    monkeypatch.setattr(TextGenerator, "write", interrupted_after(*chunks))
     file = tmp_path / "poem.txt"
     with pytest.raises(KeyboardInterrupt):
-        run(prompt="é", num_samples=3, format=format, output=str(file) if output else "")
+        run(prompt="é", num_samples=num_samples, format=format, output=str(file) if output else "")
     text = file.read_text(encoding="utf-8") if output else capsys.readouterr().out
     if format == "jsonl":
-        assert [json.loads(line)["text"] for line in text.splitlines()] == ["éac", "ébd"]
+        assert [json.loads(line)["text"] for line in text.splitlines()] == texts
     else:
-        assert text == "éac\n" + SEPARATOR + "ébd\n"
+        assert [entry.strip() for entry in text.split(SEPARATOR) if entry] == texts
+        assert text.endswith("\n")
 
 
-def test_pieces_are_shown_as_they_come():
-    asked = []
+def test_texts_are_written_in_order_as_soon_as_they_are_complete():
+    generated, written = [], []
 
-    def pieces():
-        for piece in [
+    def chunks():
+        for chunk in [
             TextChunk(0, "a", False),
-            TextChunk(1, "b", False),
+            TextChunk(1, "b", True),
             TextChunk(0, "c", True),
-            TextChunk(1, "d", True),
+            TextChunk(2, "d", True),
         ]:
-            asked.append(piece.text)
-            yield piece
+            generated.append(chunk.text)
+            yield chunk
 
-    seen = [(index, piece, len(asked)) for index, text in one_by_one(pieces(), 2) for piece in text]
-    assert seen == [(0, "a", 1), (0, "c", 3), (1, "b", 3), (1, "d", 4)]
+    def write(entry: str) -> None:
+        written.append((entry, len(generated)))
+
+    texts = ["x", "y", "z"]
+    write_texts(texts, chunks(), lambda row: f"{row}{texts[row]}", write, streamed=False)
+    written = [entry for entry in written if entry[0]]
+    assert written == [("0xac", 3), ("1yb", 3), ("2zd", 4)]
 
 
-def test_every_character_reaches_the_reader_before_the_next_is_written(monkeypatch):
+def test_a_single_text_is_streamed_character_by_character(monkeypatch):
     reader = io.BytesIO()
-    shown = []
+    streamed = []
 
-    def pieces(*_):
+    def chunks(*_):
         for character in "abc":
             yield TextChunk(0, character, character == "c")
-            shown.append(reader.getvalue().decode())
+            streamed.append(reader.getvalue().decode().strip())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
-    monkeypatch.setattr(TextGenerator, "write", pieces)
+    monkeypatch.setattr(TextGenerator, "write", chunks)
     run(prompt="é")
-    assert shown == ["éa", "éab"]
+    assert streamed == ["éa", "éab", "éabc"]
 
 
-def test_a_reader_that_has_had_enough_and_a_narrow_locale():
+def test_a_closed_pipe_ends_quietly_and_the_locale_does_not_matter():
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from test_predict import *\n"
@@ -232,30 +255,53 @@ def test_a_reader_that_has_had_enough_and_a_narrow_locale():
         (dict(max_new_chars=-1), "max_new_chars is -1"),
     ],
 )
-def test_options_that_mean_nothing(wrong, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_options(wrong, message):
+    with pytest.raises(UserError, match=message):
         run(**wrong)
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(capsys, tmp_path, monkeypatch):
+def test_invalid_prompts_raise_before_anything_is_written(capsys, tmp_path, monkeypatch):
     file, empty, binary = tmp_path / "poem.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("")
     binary.write_bytes(b"abc\xff")
+    missing = str(tmp_path / "none.txt")
     for options, error, message in [
         (dict(prompt="xyz"), UnknownCharacterError, "'x'"),
-        (dict(prompts=str(tmp_path / "none.txt")), OSError, "none.txt"),
-        (dict(prompts=str(empty)), ValueError, "empty.txt is empty"),
-        (
-            dict(prompts=str(binary)),
-            ValueError,
-            "binary.txt is not UTF-8 text: invalid byte at offset 3",
-        ),
+        (dict(prompts=missing), UserError, "cannot read .*none.txt: No such file"),
+        (dict(prompts=str(tmp_path)), UserError, "cannot read "),
+        (dict(prompts=str(empty)), UserError, "empty.txt is empty"),
+        (dict(prompts=str(binary)), UserError, "binary.txt is not UTF-8 text: .* offset 3"),
     ]:
         with pytest.raises(error, match=message):
             run(output=str(file), **options)
-    with pytest.raises(ValueError, match="there is no folder"):
-        run(output=str(tmp_path / "nowhere" / "poem.txt"))
     monkeypatch.setattr(sys, "stdin", Stdin(b"\xff"))
-    with pytest.raises(ValueError, match="standard input is not UTF-8"):
+    with pytest.raises(UserError, match="standard input is not UTF-8"):
         run(prompt="-")
     assert capsys.readouterr().out == "" and not file.exists()
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    loop = tmp_path / "loop"
+    cases = {
+        str(tmp_path / "nowhere" / "poem.txt"): "no such folder",
+        str(tmp_path): "directory",
+    }
+    if hasattr(os, "mkfifo"):
+        loop.symlink_to(loop)
+        cases[str(loop)] = "symbolic links"
+    if os.path.exists("/dev/full"):
+        cases["/dev/full"] = "No space left"
+    for output, message in cases.items():
+        with pytest.raises(UserError, match=f"cannot write {output}: .*{message}") as error:
+            run(output=output)
+        assert "\n" not in str(error.value)
+    assert set(tmp_path.iterdir()) <= {loop}
+
+
+def test_a_configuration_with_settings_of_other_commands(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("generate: {seed: 3}\nmodel: {ngrams: {2: 8}}\ntrainer: {max_steps: 3}\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_command("predict", ["--config", str(config)])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) <= 2

@@ -1,9 +1,10 @@
-"""Chapter one: the script by itself, and the engine against it, weight by weight."""
+"""The textbook script by itself, and the engine compared with it weight by weight."""
 
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ TINY = dict(
     block_size=8, batch_size=4, epochs=6, lr=1e-2, n_embed=16, n_head=2, n_layer=2, dropout=0.0,
     eval_interval=3, eval_characters=64,
 )  # fmt: skip
-EXACT = dict(rtol=0, atol=1e-9)  # in float64, where two right ways differ by much less
+EXACT = dict(rtol=0, atol=1e-9)  # in float64, where two correct computations differ by much less
 
 
 @pytest.fixture(autouse=True)
-def as_imported(monkeypatch):
-    """What `prepare` sets in the script is undone after each test."""
+def restore_globals(monkeypatch):
+    """Undo what `prepare` sets in the script after each test."""
     torch.manual_seed(1)
     for name, value in vars(textbook).copy().items():
         monkeypatch.setattr(textbook, name, value)
@@ -35,8 +36,8 @@ def engine(vocab_size: int, block_size: int, n_embed: int, n_head: int, n_layer:
     return GPT(config, vocab_size)
 
 
-def named_as_in_engine(model: BigramLangModel) -> dict[str, list[torch.nn.Parameter]]:
-    """The engine's parameters by name: each is made of these, one below the other."""
+def engine_parameters(model: BigramLangModel) -> dict[str, list[torch.nn.Parameter]]:
+    """The textbook parameters that form each engine parameter, concatenated row-wise."""
     names = {
         name: [parameter] for name, parameter in model.named_parameters() if ".heads." not in name
     }
@@ -48,14 +49,14 @@ def named_as_in_engine(model: BigramLangModel) -> dict[str, list[torch.nn.Parame
 
 
 @torch.no_grad()
-def same_weights(sizes: dict, vocab_size: int = 65) -> tuple[BigramLangModel, GPT]:
-    """Both networks in float64, with random weights large enough that every part matters."""
+def both_networks(sizes: dict, vocab_size: int = 65) -> tuple[BigramLangModel, GPT]:
+    """Both networks in float64 with the same random weights, large enough for all parts to matter."""
     model = BigramLangModel(vocab_size, **sizes, dropout=0.0).double()
     gpt = engine(vocab_size, **sizes).double()
     for name, parameter in model.named_parameters():
         std = 1.0 if "embedding" in name else 0.3 if "bias" in name or "norm" in name else 0.0
         parameter.normal_(std=std or 2 * parameter.size(-1) ** -0.5)
-    weights = {name: torch.cat(parts) for name, parts in named_as_in_engine(model).items()}
+    weights = {name: torch.cat(parts) for name, parts in engine_parameters(model).items()}
     gpt.load_state_dict(weights)
     return model, gpt
 
@@ -69,45 +70,45 @@ def run(monkeypatch, *arguments: str) -> None:
     textbook.main()
 
 
-# --- The engine does what the textbook says ----------------------------------------------------
+# --- The engine computes what the textbook computes --------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [BASE, SMALL], ids=["base", "small"])
-def test_logits_loss_and_gradients_are_the_engines(sizes):
-    model, gpt = same_weights(sizes)
+def test_logits_loss_and_gradients_match_the_engine(sizes):
+    model, gpt = both_networks(sizes)
     idx, targets = random_ids(1, sizes["block_size"]), random_ids(1, sizes["block_size"])
     logits, loss = model(idx, targets)
-    scores = gpt(idx)
-    torch.testing.assert_close(scores, logits, **EXACT)
-    engines_loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(engines_loss, loss, **EXACT)
+    engine_logits = gpt(idx)
+    torch.testing.assert_close(engine_logits, logits, **EXACT)
+    engine_loss = torch.nn.functional.cross_entropy(engine_logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(engine_loss, loss, **EXACT)
 
     loss.backward()
-    engines_loss.backward()
+    engine_loss.backward()
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
-    for name, parts in named_as_in_engine(model).items():
+    for name, parts in engine_parameters(model).items():
         expected = torch.cat([part.grad for part in parts])
         torch.testing.assert_close(gradients[name], expected, **EXACT, msg=f"gradient of {name}")
-        assert expected.abs().max() > 1e-5, f"{name}: a gradient of nothing proves nothing"
+        assert expected.abs().max() > 1e-5, f"{name}: a zero gradient would test nothing"
 
 
-def test_shorter_inputs_and_batches_too():
-    model, gpt = same_weights(SMALL)
+def test_short_inputs_in_a_batch_match_the_engine():
+    model, gpt = both_networks(SMALL)
     idx = random_ids(3, 5)
     torch.testing.assert_close(gpt(idx), model(idx)[0], **EXACT)
 
 
-# --- The network -------------------------------------------------------------------------------
+# --- The model ---------------------------------------------------------------------------------
 
 
-def test_the_base_size():
+def test_default_hyperparameters_and_parameter_count():
     assert {name: getattr(textbook, name) for name in BASE} == BASE
     assert (textbook.batch_size, textbook.epochs, textbook.lr) == (64, 5000, 3e-4)
     assert textbook.dropout == 0.2
     assert sum(p.numel() for p in BigramLangModel(65).parameters()) == 10_788_929
 
 
-def test_it_starts_where_a_guess_does():
+def test_initial_loss_is_that_of_uniform_guessing():
     model = BigramLangModel(65).eval()
     with torch.no_grad():
         _, loss = model(random_ids(2, 256), random_ids(2, 256))
@@ -115,20 +116,20 @@ def test_it_starts_where_a_guess_does():
 
 
 def test_attention_by_hand():
-    """Two characters, a head of two channels: the formula on paper."""
+    """Two positions, a head of two channels: the formula worked out on paper."""
     head = Head(2, n_embed=2, dropout=0.0)
     for layer, weight in ((head.query, 1.0), (head.key, 2.0), (head.value, 3.0)):
         layer.weight.data = weight * torch.eye(2)
     a, b = (1.0, 0.0), (0.5, 1.0)
     to_a, to_b = (math.exp(score / math.sqrt(2)) for score in (2 * 0.5, 2 * 1.25))
-    share = to_a / (to_a + to_b)
-    expected = [[3.0, 0.0], [3 * share + 1.5 * (1 - share), 3 * (1 - share)]]
+    weight_a = to_a / (to_a + to_b)
+    expected = [[3.0, 0.0], [3 * weight_a + 1.5 * (1 - weight_a), 3 * (1 - weight_a)]]
     torch.testing.assert_close(head(torch.tensor([[a, b]])), torch.tensor([expected]))
 
 
 @torch.no_grad()
-def test_no_character_sees_a_later_one():
-    model, _ = same_weights(SMALL)
+def test_attention_is_causal():
+    model, _ = both_networks(SMALL)
     idx = random_ids(1, 12)
     before, _ = model(idx)
     for position in (1, 6, 11):
@@ -139,7 +140,7 @@ def test_no_character_sees_a_later_one():
         assert (after - before)[:, position:].abs().amax(-1).min() > 1e-4
 
 
-def test_dropout_works_in_training_alone():
+def test_dropout_is_active_only_in_training():
     model, idx = BigramLangModel(65, **SMALL, dropout=0.5), random_ids(2, 12)
     with torch.no_grad():
         model.head.weight.normal_()
@@ -148,7 +149,7 @@ def test_dropout_works_in_training_alone():
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_generate_appends_past_the_context_and_keeps_what_was_there():
+def test_generate_keeps_the_prompt_and_continues_past_the_context():
     model, idx = BigramLangModel(65, **SMALL, dropout=0.0), random_ids(2, 3)
     longer = model.generate(idx, 20)
     assert longer.shape == (2, 23)
@@ -156,27 +157,27 @@ def test_generate_appends_past_the_context_and_keeps_what_was_there():
     assert longer.max() < 65 and longer.min() >= 0
 
 
-def test_generate_draws_by_probability():
+def test_generate_samples_from_the_predicted_distribution():
     model = BigramLangModel(3, **SMALL, dropout=0.0)
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
-    drawn = model.generate(torch.zeros(3000, 1, dtype=torch.long), 1)[:, 1]
-    shares = torch.bincount(drawn, minlength=3) / 3000
-    torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), rtol=0, atol=0.04)
+    sampled = model.generate(torch.zeros(3000, 1, dtype=torch.long), 1)[:, 1]
+    frequencies = torch.bincount(sampled, minlength=3) / 3000
+    torch.testing.assert_close(frequencies, torch.tensor([0.2, 0.3, 0.5]), rtol=0, atol=0.04)
 
 
 # --- The script --------------------------------------------------------------------------------
 
 
-def test_importing_does_nothing():
+def test_importing_has_no_side_effects():
     code = (
         "import torch, sys; state = torch.get_rng_state()\n"
         "from chargpt import textbook\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
         "assert not hasattr(textbook, 'model') and not textbook.data\n"
-        "ours = [name for name in sys.modules if name.startswith('chargpt.')]\n"
-        "assert ours == ['chargpt.textbook'], ours"
+        "modules = [name for name in sys.modules if name.startswith('chargpt.')]\n"
+        "assert modules == ['chargpt.textbook'], modules"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
@@ -184,7 +185,7 @@ def test_importing_does_nothing():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_the_text_becomes_ids_and_batches(text):
+def test_prepare_encodes_and_splits_the_text(text):
     textbook.prepare(text, **TINY)
     assert textbook.decode(textbook.encode(text)) == text
     assert [len(textbook.data[split]) for split in ("train", "val")] == [1800, 200]
@@ -196,16 +197,16 @@ def test_the_text_becomes_ids_and_batches(text):
             assert textbook.decode([*inputs, targets[-1]]) in part
 
 
-def test_the_loss_is_estimated_without_dropout_and_without_gradients(text):
+def test_loss_is_estimated_in_eval_mode(text):
     textbook.prepare(text, **TINY | dict(dropout=0.9))
     textbook.model.head.weight.data.normal_()
-    seen = []
-    textbook.model.register_forward_hook(lambda model, *_: seen.append(model.training))
+    modes = []
+    textbook.model.register_forward_hook(lambda model, *_: modes.append(model.training))
     assert textbook.estimate_loss().keys() == {"train", "val"}
-    assert seen == [False] * 4 and textbook.model.training
+    assert modes == [False] * 4 and textbook.model.training
 
 
-def test_the_command_trains_and_writes(tmp_path, text, monkeypatch, capsys):
+def test_the_command_trains_and_generates(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(textbook, "SMALL", TINY | dict(epochs=60, eval_interval=30))
     run(monkeypatch, tmp_path / "text.txt", "--small")
@@ -219,15 +220,15 @@ def test_the_command_trains_and_writes(tmp_path, text, monkeypatch, capsys):
     assert len(sample) == 501 and set(sample) <= set(text)
 
 
-def test_a_text_that_nobody_names(tmp_path, text, monkeypatch, capsys):
-    """$CHARGPT_DATA_DIR, or else the manual of Python."""
+def test_default_text(tmp_path, text, monkeypatch, capsys):
+    """Tiny Shakespeare where `fit` stores it, otherwise Python's reference manual."""
     monkeypatch.setattr(
         textbook, "prepare", lambda text, **sizes: sys.exit(f"{len(text)} characters")
     )
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path))
     with pytest.raises(SystemExit, match=r"\d{6} characters"):
         run(monkeypatch)
-    assert "Python's own manual" in capsys.readouterr().err
+    assert "Python's reference manual" in capsys.readouterr().err
     (tmp_path / "tiny-shakespeare").mkdir()
     (tmp_path / "tiny-shakespeare" / "input.txt").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match="2000 characters"):
@@ -235,16 +236,33 @@ def test_a_text_that_nobody_names(tmp_path, text, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "environment, folder",
     [
-        (None, "can't be read: No such file or directory"),
-        ("folder", "can't be read: Is a directory"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (b"", "the text has 0 characters; at this size it needs 2,570"),
-        (b"short", "the text has 5 characters; at this size it needs 2,570"),
+        ({"CHARGPT_DATA_DIR": "~/texts"}, "~/texts"),
+        ({"CHARGPT_DATA_DIR": "", "XDG_CACHE_HOME": "/cache"}, "/cache/chargpt"),
+        ({}, "~/.cache/chargpt"),
     ],
 )
-def test_what_a_user_can_get_wrong(tmp_path, content, message, monkeypatch, capsys):
+def test_default_text_is_where_fit_stores_it(environment, folder, monkeypatch):
+    for name in ("CHARGPT_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    expected = Path(folder).expanduser() / "tiny-shakespeare" / "input.txt"
+    assert textbook.tiny_shakespeare() == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "text.txt: No such file or directory"),
+        ("folder", "text.txt: Is a directory"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"", "the text has 0 characters; this size needs at least 2,570"),
+        (b"short", "the text has 5 characters; this size needs at least 2,570"),
+    ],
+)
+def test_unusable_texts_end_in_one_plain_line(tmp_path, content, message, monkeypatch, capsys):
     path = tmp_path / "text.txt"
     if content == "folder":
         path.mkdir()
@@ -252,7 +270,7 @@ def test_what_a_user_can_get_wrong(tmp_path, content, message, monkeypatch, caps
         path.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, path)
-    assert isinstance(stop.value.code, str)  # Python prints it on stderr and ends with status 1
+    assert isinstance(stop.value.code, str)  # Python prints it to stderr and exits with status 1
     assert message in stop.value.code and "\n" not in stop.value.code
     assert capsys.readouterr() == ("", "")
 
@@ -260,18 +278,18 @@ def test_what_a_user_can_get_wrong(tmp_path, content, message, monkeypatch, caps
 # --- The walk ----------------------------------------------------------------------------------
 
 
-def test_the_walks_numbers_are_right(tmp_path, text, monkeypatch, capsys):
+def test_explain_prints_correct_numbers(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(textbook_walk, "TINY", TINY | dict(block_size=40, epochs=40))
     run(monkeypatch, tmp_path / "text.txt", "--explain")
     out = capsys.readouterr().out
     V = len(set(text))
-    assert f"a guess among {V} costs ln {V} = {math.log(V):.3f} nats" in out
+    assert f"guessing among {V} characters costs ln {V} = {math.log(V):.3f} nats" in out
 
     inputs, targets = re.search(r'input +"(.*)"\ntargets +"(.*)":', out).groups()
     assert inputs[1:] == targets[:-1] and inputs in text
 
-    matrices = re.findall(r"adds up to 1\n.*\n((?:  .  .*\n){8})the last row.*\n(.*)\n", out)
+    matrices = re.findall(r"sums to 1\n.*\n((?:  .  .*\n){8})the last row.*\n(.*)\n", out)
     assert len(matrices) == 2
     for rows, scores in matrices:
         weights = [[float(weight) for weight in row[5:].split()] for row in rows.splitlines()]
@@ -280,7 +298,7 @@ def test_the_walks_numbers_are_right(tmp_path, text, monkeypatch, capsys):
         softmax = torch.tensor([float(score) for score in scores.split()]).softmax(0)
         assert weights[-1] == pytest.approx(softmax.tolist(), abs=0.011)
 
-    stated = [float(loss) for loss in re.findall(r"of what came\): ([\d.]+) nats", out)]
+    stated = [float(loss) for loss in re.findall(r"of the target\): ([\d.]+) nats", out)]
     table = re.findall(r"\n     (.)  +(0\.\d+) +([\d.]+) +(0\.\d+) +([\d.]+)", out)
     assert "".join(character for character, *_ in table) == textbook_walk.visible(targets)
     for column, loss in zip((1, 3), stated, strict=True):

@@ -1,3 +1,5 @@
+"""The vocabulary against a plain dict, and its error messages."""
+
 import random
 import sys
 
@@ -6,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chargpt.model import UserError
 from chargpt.vocabulary import UnknownCharacterError, Vocabulary
 
-# st.characters() leaves surrogates out; a prompt from a terminal may have them
+# st.characters() excludes surrogates; a prompt from a terminal may have them
 any_text = st.text(alphabet=st.characters(exclude_categories=()), max_size=200)
 
 
@@ -26,7 +29,7 @@ def test_encode_agrees_with_a_dict(text, more):
 
 
 @given(st.text(max_size=50), st.text(max_size=50))
-def test_a_text_encodes_exactly_if_all_its_characters_are_known(known, text):
+def test_encode_fails_exactly_if_a_character_is_unknown(known, text):
     vocabulary = Vocabulary.from_text(known)
     unknown = set(text) - set(known)
     if not unknown:
@@ -58,7 +61,7 @@ def test_every_code_point_at_once():
     assert vocabulary.decode(vocabulary.encode(characters)) == characters
 
 
-def test_it_is_the_sorted_distinct_characters():
+def test_a_vocabulary_is_the_sorted_distinct_characters():
     vocabulary = Vocabulary.from_text("hello\0\n\ufeffe\u0301🙂")
     assert vocabulary.characters == "\0\nehlo\u0301\ufeff🙂"
     assert vocabulary == Vocabulary(vocabulary.characters)
@@ -68,11 +71,11 @@ def test_it_is_the_sorted_distinct_characters():
 
 @pytest.mark.parametrize("characters", ["ba", "aa", "abca"])
 def test_unsorted_or_repeated_characters_are_refused(characters):
-    with pytest.raises(ValueError, match="ascending"):
+    with pytest.raises(UserError, match="ascending"):
         Vocabulary(characters)
 
 
-def test_unknown_characters_are_named_with_code_point_place_and_nearest_known():
+def test_the_error_names_code_point_position_and_similar_characters():
     vocabulary = Vocabulary.from_text("abcdefghijklmnopqrstuvwxyz XYZ'-\n")
     with pytest.raises(UnknownCharacterError) as error:
         vocabulary.encode("Romé’s 7\ud800 \u0301")
@@ -80,13 +83,13 @@ def test_unknown_characters_are_named_with_code_point_place_and_nearest_known():
     assert "'R' (U+0052) at position 0, nearest known: 'r'" in message
     assert "'é' (U+00E9) at position 3, nearest known: 'e'" in message
     assert "'’' (U+2019) at position 4, nearest known: \"'\"" in message
-    assert "'7' (U+0037) at position 7;" in message  # nothing is near
+    assert "'7' (U+0037) at position 7;" in message  # nothing is similar
     assert "'\\ud800' (U+D800) at position 8" in message
     assert "'\\u0301' (U+0301) at position 10" in message
     assert "\n" not in message
 
 
-def test_a_long_text_of_unknown_characters_makes_a_short_message():
+def test_the_error_message_for_many_unknown_characters_is_short():
     text = "".join(map(chr, range(0x4E00, 0x5E00))) * 5
     with pytest.raises(UnknownCharacterError) as error:
         Vocabulary.from_text("abc").encode(text)
@@ -98,11 +101,11 @@ def test_a_long_text_of_unknown_characters_makes_a_short_message():
 @pytest.mark.parametrize(
     "ids", [[2, 0, 1], (2, 0, 1), np.array([2, 0, 1], np.uint64), np.array([2, 0, 1], np.int8)]
 )
-def test_decode_takes_any_integers(ids):
+def test_decode_accepts_any_integer_type(ids):
     assert Vocabulary("abc").decode(ids) == "cab"
 
 
-def test_decode_takes_tensors_single_ids_and_nothing():
+def test_decode_accepts_tensors_single_ids_and_empty_input():
     torch = pytest.importorskip("torch")
     assert Vocabulary("abc").decode(torch.tensor([2, 0, 1])) == "cab"
     assert Vocabulary("abc").decode(torch.tensor(1)) == "b"
@@ -114,12 +117,12 @@ def test_decode_takes_tensors_single_ids_and_nothing():
 @pytest.mark.parametrize(
     "ids, wrong", [([0, 3], "id 3 at position 1"), ([-1], "id -1 at position 0")]
 )
-def test_decode_refuses_ids_outside(ids, wrong):
-    with pytest.raises(ValueError, match=f"{wrong} is outside the vocabulary of 3"):
+def test_decode_refuses_ids_outside_the_vocabulary(ids, wrong):
+    with pytest.raises(UserError, match=f"{wrong} is outside the vocabulary of 3"):
         Vocabulary("abc").decode(ids)
 
 
 @pytest.mark.parametrize("ids", [[0.5], [[0, 1], [1, 2]], ["a"], [True]])
-def test_decode_refuses_what_are_no_ids(ids):
+def test_decode_refuses_anything_but_integers_in_one_dimension(ids):
     with pytest.raises(TypeError):
         Vocabulary("abc").decode(ids)

@@ -6,15 +6,14 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from chargpt.cli.train import TRAINER_DEFAULTS
 from chargpt.data import CharDataModule
-from chargpt.data.corpus import find_text
+from chargpt.data.texts import resolve_corpus
 from chargpt.data.token_file import Corpus, open_corpus
-from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
-from chargpt.training.module import GPTModule
-from chargpt.training.resume import LastCheckpoint
+from chargpt.training import GPTModule
+from chargpt.training import make_trainer as make_any_trainer
+from chargpt.training.checkpointing import RunCheckpoint
 
-MUON = dict(muon_lr=0.02, muon_weight_decay=0.1)
+MUON = dict(optimizer="muon", muon_lr=0.02, muon_weight_decay=0.1)
 
 
 def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
@@ -33,7 +32,7 @@ def write(path: Path, text: str | bytes) -> str:
 
 
 def open_text(corpus: str, data_dir: Path | None = None, fallback: str | None = None) -> Corpus:
-    return open_corpus(find_text(corpus, data_dir, fallback))
+    return open_corpus(resolve_corpus(corpus, data_dir, fallback))
 
 
 def token_files(folder: Path) -> list[Path]:
@@ -58,17 +57,16 @@ def make_module(**settings) -> GPTModule:
 
 
 def make_trainer(folder: Path, *callbacks, **settings) -> Trainer:
-    best = best_checkpoint_callback()
+    """A Trainer whose run is `folder`."""
     defaults = dict(
-        max_steps=12, val_check_interval=4, log_every_n_steps=1, accelerator="cpu", logger=False
-    )
-    return Trainer(
-        **TRAINER_DEFAULTS | defaults | settings,
-        default_root_dir=folder,
-        callbacks=[*callbacks, best, LastCheckpoint(best)],
-        plugins=[AtomicCheckpointIO()],
+        max_steps=12,
+        val_check_interval=4,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        logger=False,
         enable_progress_bar=False,
     )
+    return make_any_trainer(callbacks=[*callbacks, RunCheckpoint(folder)], **defaults | settings)
 
 
 def last(folder: Path) -> Path:

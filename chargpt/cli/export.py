@@ -5,8 +5,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
+from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
 from chargpt.cli.parsing import add_ckpt_path, checked, command_parser
+from chargpt.model import UserError
 from chargpt.text_generator import TextGenerator
 
 FORMATS = {"page": "chargpt.export.page", "huggingface": "chargpt.export.huggingface"}
@@ -33,7 +34,11 @@ def run(command: str, args: list[str]) -> None:
     path = resolve_checkpoint(config.ckpt_path)
     print(f"checkpoint {path}", file=sys.stderr)
     checkpoint = read_checkpoint(path)
-    generator = TextGenerator(*network_of(checkpoint, path)).eval()
+    generator = TextGenerator(*build_network(checkpoint, path)).eval()
     module = import_module(FORMATS[config.to])
-    module.export(generator, checkpoint, Path(config.output).expanduser(), config.export.dtype)
+    output = Path(config.output).expanduser()
+    try:
+        module.export(generator, checkpoint, output, config.export.dtype)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"wrote {config.output}", file=sys.stderr)

@@ -2,15 +2,12 @@
 
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from chargpt.atomic_file import atomic_write
-from chargpt.checkpoints import LAST_NAME, LOGS, new_run
+from chargpt.checkpoints import FOLDER, LAST, new_run, write_checkpoint
 from chargpt.cli.parsing import checked, command_parser
-from chargpt.export.from_nanogpt import checkpoint_of
+from chargpt.export.from_nanogpt import convert
+from chargpt.model import UserError
 
 
 def run(command: str, args: list[str]) -> None:
@@ -25,15 +22,13 @@ def run(command: str, args: list[str]) -> None:
     )
     config = checked(parser, lambda: parser.parse_args(args))
     paths = (Path(name).expanduser() for name in (config.ckpt, config.meta))
-    checkpoint = checkpoint_of(*paths)
-    checkpoint["pytorch-lightning_version"] = version("lightning")  # of the format: validate asks
-    folder = new_run(Path(LOGS))
-    path = folder / "checkpoints" / f"{LAST_NAME}.ckpt"
+    checkpoint = convert(*paths)
+    folder = new_run(".")
+    path = folder / FOLDER / LAST
     try:
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # no folder of a run of which nothing came
+        write_checkpoint(checkpoint, path)
+    except UserError:
+        shutil.rmtree(folder)
         raise
     print(f"wrote {path}", file=sys.stderr)
     print(f"corpus {checkpoint['datamodule_hyper_parameters']['corpus']}", file=sys.stderr)

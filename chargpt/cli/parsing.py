@@ -1,4 +1,4 @@
-"""What the commands share of parsing: what is wrong with an option, in plain words."""
+"""What the commands share: parsers, shipped configurations, and plain words for wrong options."""
 
 import argparse
 import difflib
@@ -11,15 +11,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from chargpt.cli.main import COMMANDS, fail
 
-set_parsing_settings(
-    docstring_parse_attribute_docstrings=True,  # a setting's sentence stands below it
-    # What a configuration file may name to be imported: no code comes in with a file of settings.
-    import_path_denylist=["*"],
-    import_path_allowlist=["chargpt", "lightning", "pytorch_lightning", "torch", "torchmetrics"],
-)
+# A setting's description is the string below its field.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-DEEPEST = 20  # collections in collections of a configuration file
-UNION = "Does not validate against any of the Union"
 UNKNOWN = re.compile(
     r"unrecognized arguments: (\S+)"
     r"|Group '(?P<group>.*?)' does not accept option '(?P<name>.*?)'"
@@ -28,7 +22,7 @@ UNKNOWN = re.compile(
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with the package, by name; in a clone they lie beside it."""
+    """The configurations of the package by name; in a clone their folder is beside it."""
     package = Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")
     found = next((folder for folder in folders if folder.is_dir()), package)
@@ -36,52 +30,41 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> str:
-    """A file, or else the shipped configuration of that name."""
-    if Path(name).expanduser().is_file():
-        return name
-    return str(shipped_configs().get(name, name))
+    """The path of a configuration file, or of the shipped configuration of that name."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = shipped_configs().get(name, path)
+    if not path.is_file():
+        kind = "is a folder" if name and path.is_dir() else "there is no such file"
+        fail(f"--config {name}: {kind}\nshipped are {', '.join(shipped_configs())}", status=2)
+    check_config(path)
+    return str(path)
 
 
-def split_configs(args: list[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that are typed, and everything else."""
-    split = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    split.add_argument("-c", "--config", action="append", default=[])
+def check_config(path: Path) -> None:
+    """Refuse a file without settings, and a value in place of a group: jsonargparse drops it."""
     try:
-        known, typed = split.parse_known_args(args)
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path}: {error}", status=2)
+    except (yaml.YAMLError, KeyError):  # jsonargparse says where
+        return
+    if not isinstance(settings, dict):
+        fail(f"{path} has no settings\nwrite, for example, model: {{n_layer: 4}}", status=2)
+    for group in ("trainer", "model", "data", "generate"):
+        if not isinstance(settings.get(group, {}), dict):
+            fail(f"{path}: {group} is {settings[group]}; it must have settings", status=2)
+
+
+def find_configs(args: list[str]) -> list[str]:
+    """The arguments with configuration files first: flags override them in any order."""
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    configs.add_argument("-c", "--config", action="append", default=[])
+    try:
+        known, flags = configs.parse_known_args(args)
     except argparse.ArgumentError:
         fail("--config needs the name of a file", status=2)
-    return [find_config(name) for name in known.config], typed
-
-
-def read_config(name: str) -> str:
-    """The text of a configuration file: YAML, without aliases, which can grow endlessly."""
-    problem, depth = "", 0
-    try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
-        for event in yaml.parse(text):  # before anything is built of it
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-                problem = "has aliases" if depth <= DEEPEST else "is nested too deeply"
-                break
-        if not problem and not isinstance(yaml.safe_load(text), dict):
-            problem = "holds no settings"
-    except FileNotFoundError:
-        known = ", ".join(shipped_configs())
-        fail(f"{name}: there is no such configuration file; shipped ones: {known}", status=2)
-    except IsADirectoryError:
-        fail(f"{name}: is a folder, not a configuration file", status=2)
-    except yaml.YAMLError as error:
-        fail(f"{name}: {' '.join(str(error).split())}", status=2)
-    except UnicodeDecodeError:
-        fail(f"{name}: is not UTF-8 text", status=2)
-    except (LookupError, AttributeError) as error:  # PyYAML's, for a value that is not of its tag
-        fail(f"{name}: holds a value that cannot be read: {error}", status=2)
-    except (OSError, ValueError) as error:  # a null character in the name is a ValueError
-        fail(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", status=2)
-    if problem:
-        fail(f"{name}: {problem}; it must hold plain settings, as name: value", status=2)
-    return text
+    return [*(f"--config={find_config(name)}" for name in known.config), *flags]
 
 
 def command_parser(command: str) -> ArgumentParser:
@@ -90,7 +73,7 @@ def command_parser(command: str) -> ArgumentParser:
         prog=f"python -m chargpt {command}",
         description=COMMANDS[command][1],
         exit_on_error=False,
-        allow_abbrev=False,  # a misspelt flag is an error, not another flag
+        allow_abbrev=False,  # a misspelled flag is an error, not another flag
     )
 
 
@@ -99,45 +82,63 @@ def add_ckpt_path(parser: ArgumentParser) -> None:
         "--ckpt_path",
         type=str,
         default="best",
-        help="A checkpoint: a path, or best or last of the newest run under ./lightning_logs.",
+        help="A checkpoint: a path, or best or last of the newest run in ./lightning_logs.",
     )
 
 
-def checked(parser: ArgumentParser, parse: Callable[[], Namespace], source: str = "") -> Namespace:
-    """What `parse` gives; where it fails, an error of a line or two that names the source."""
+def checked(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Namespace:
+    """The result of `parse`; an invalid option ends the process with a plain message."""
     try:
         return parse()
-    except (ArgumentError, TypeError) as error:
-        fail(source + explain(parser, str(error)), status=2)
+    except (ArgumentError, argparse.ArgumentError, TypeError) as error:
+        fail(explain(parser, str(error)), status=2)
 
 
 def explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message in one line; where a name is unknown, with the nearest known one."""
+    """jsonargparse's message in a line or two; for an unknown name, with the nearest known one."""
     if match := UNKNOWN.search(message):
-        typed = ".".join(filter(None, match.groups()))
-        name, hyphens = typed.split("=")[0].lstrip("-"), "--" if typed.startswith("-") else ""
-        if near := nearest(name, list(parser.get_defaults().keys())):
+        given = ".".join(filter(None, match.groups()))
+        name, hyphens = given.split("=")[0].lstrip("-"), "--" if given.startswith("-") else ""
+        known = list(parser.get_defaults().keys())
+        if near := nearest(name, known):
             return f"there is no option {hyphens}{name}\ndid you mean {hyphens}{near}?"
         if hyphens:
-            return (
-                f"there is no option {typed}\n--help after the command explains all that there are"
-            )
-    key, _, alternatives = message.partition(UNION)
-    if alternatives:  # what stands first in a union of types is what was meant
-        first = re.split(r"\n\s*- ", alternatives.partition("Errors:")[2])[1]
-        value = message.rpartition("Given value: ")[2]
-        message = f"{key} {first}" + ("" if "Namespace(" in value else f". Got value: {value}")
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(message.split()))
+            return f"there is no option {given}\n--help after the command lists them all"
+        if "unrecognized" in message and "generate.prompt" in known:
+            return f'unexpected argument {given}\ndid you mean --generate.prompt "{given}"?'
+    if "Key must be a string" in message:  # ngrams of a configuration for training
+        return "the configuration file has settings of other commands"
+    if "expected one argument" in message:
+        flag = message.removeprefix("argument ").partition(":")[0]
+        return f"{flag} needs a value\nwrite {flag}=VALUE if the value begins with a hyphen"
+    if match := re.search(r"arguments are required: (\w+)$", message):
+        return f"--{match[1]} is required"
+    if match := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
+        return f"--{match[1]}: {explain_value(match[2])}"
+    return " ".join(message.split())
+
+
+def explain_value(problem: str) -> str:
+    """jsonargparse's explanation of an invalid value in a few words."""
+    value = (re.findall(r"value: (.*)", problem) or [""])[-1]
+    if choices := re.findall(r"[\w.-]+", ",".join(re.findall(r"Literal\[(.*?)\]", problem))):
+        return f"{value} is not one of {', '.join(dict.fromkeys(choices))}"
+    if "Problem with given" in problem:  # a class that cannot be created from its arguments
+        return " ".join(problem[problem.index("Problem") :].split("\n    - ")[0].split())
+    if match := re.search(r"Import path .* does not correspond to .*", problem):
+        return match[0]
+    if match := re.search(r"Expected a <class '(?:\w+\.)*(\w+)'>", problem):
+        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        return f"{value} is not {kinds.get(match[1], match[1])}"
+    return " ".join(problem.split())
 
 
 def nearest(wrong: str, names: list[str]) -> str | None:
     """The nearest name, by its last part too: people type --lr."""
     by_last = {name.rpartition(".")[2]: name for name in names}
     group, _, last = wrong.rpartition(".")
-    for known in (
-        {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group},
-        by_last,
-    ):
+    same_group = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group}
+    for known in (same_group, by_last):
         if near := difflib.get_close_matches(last, known, n=1, cutoff=0.7):
             return known[near[0]]
     return None

@@ -1,8 +1,8 @@
-"""fit, validate and test: LightningCLI, with settings restored from checkpoints."""
+"""fit, validate and test: LightningCLI, with the settings of a checkpoint as its defaults."""
 
 import ctypes
+import errno
 import logging
-import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
@@ -12,48 +12,39 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, Timer
-from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from chargpt import checkpoints
-from chargpt.checkpoints import CheckpointError
+from chargpt.checkpoints import (
+    NETWORK_SETTINGS,
+    build_network,
+    new_run,
+    read_checkpoint,
+    resolve_checkpoint,
+    run_of,
+)
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import UNION, checked, explain, read_config, shipped_configs, split_configs
-from chargpt.cli.run_folder import RunFolder
+from chargpt.cli.parsing import checked, find_configs, shipped_configs
 from chargpt.data import CharDataModule
-from chargpt.model import GPTConfig
-from chargpt.training import GPTModule
-from chargpt.training.agreement import AgreedTimer
-from chargpt.training.callbacks import FinalScore, ProgressBar, Summary, TextSamples, Throughput
-from chargpt.training.checkpointing import AtomicCheckpointIO, best_checkpoint_callback
-from chargpt.training.module import TrainingError
-from chargpt.training.resume import LastCheckpoint
-from chargpt.training.trainer import TypedTrainer
+from chargpt.data.module import TrainedText
+from chargpt.model import UserError
+from chargpt.training import GPTModule, TrainingConfig, make_trainer
+from chargpt.training.checkpointing import RunCheckpoint, check_resumable
+from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
 
 SEED = 1337
-
-FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")  # write into save_dir/name/version
+FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")  # write to save_dir/name/version
 HERE = "."
 
-TRAINER_DEFAULTS = dict(
-    max_steps=5000,
-    val_check_interval=250,
-    check_val_every_n_epoch=None,  # there is one endless epoch: all is counted in steps
-    num_sanity_val_steps=0,
-    use_distributed_sampler=False,  # our batches are sharded already, and without padding
-    enable_model_summary=False,  # our own says more
-)
-
-LINKS = {  # given once, known to all who need it
+LINKS = {  # given once, for all that need it
     "model.block_size": "data.block_size",
     "data.seed": "seed_everything",
     "model.seed": "seed_everything",
 }
+# The settings of the data that a checkpoint restores; folders and workers are the user's.
+DATA_SETTINGS = ("corpus", "block_size", "batch_size", "val_fraction", "test_fraction", "order")
 
 
 def run(command: str, args: list[str]) -> None:
@@ -61,75 +52,96 @@ def run(command: str, args: list[str]) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # they log their tables
+    cli = None
     try:
         cli = TrainingCLI(command, args)
         keep_freed_memory()
-        with redirect_stdout(sys.stderr):  # standard output is for results alone
+        with redirect_stdout(sys.stderr):  # standard output is for results only
             cli.run()
-    except SystemExit as stop:  # Lightning's answer to a Ctrl-C that comes before the first step
+    except SystemExit as stop:  # Lightning's answer to a Ctrl-C before the first step
         interrupted = isinstance(stop.__context__, KeyboardInterrupt)
         raise SystemExit(130 if interrupted else stop.code) from None
-    except (
-        TrainingError,
-        MisconfigurationException,
-        ModuleNotFoundError,  # of a logger or callback that needs a package more
-        torch.OutOfMemoryError,
-    ) as error:
-        fail(str(error))
-    except RuntimeError as error:
-        if "Connection closed by peer" in str(error):  # gloo's, where another process has failed
-            fail("another process of this run has stopped; its message says why")
-        if "can't allocate memory" not in str(error):
-            raise
-        fail(f"out of memory{str(error).partition('allocate memory')[2]}")
-    if command != "fit":
-        print_scores(cli.trainer)
+    except UserError:
+        raise
+    except Exception as error:
+        if message := plain_message(error):
+            saved = cli and cli.run_checkpoint and cli.run_checkpoint.folder
+            fail(message.replace("the folder of the run", str(saved or "the folder of the run")))
+        raise
+    if command != "fit" and cli.trainer.is_global_zero:
+        for name, value in cli.trainer.callback_metrics.items():
+            print(name, value.item())
+
+
+def plain_message(error: BaseException | None) -> str | None:
+    """A message for errors of libraries that users cause, some of them wrapped; None for others."""
+    while error is not None:
+        message = str(error)
+        if "gpu backend" in message:
+            return "no GPU is available here\nuse --config cpu, or --trainer.accelerator cpu"
+        if "C++ compiler" in message:
+            return "compile needs a C++ compiler, and none was found\ninstall one, or turn it off"
+        if "Connection closed by peer" in message:  # gloo's, when another process has failed
+            return "another process of this run has stopped; its message says why"
+        if "can't allocate memory" in message or isinstance(error, torch.OutOfMemoryError):
+            return f"out of memory: {message.rpartition('allocate memory')[2].strip(' :')}"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return (
+                f"cannot write to the folder of the run: {error.strerror}\nits checkpoints are "
+                "intact; make room, then repeat the command with --ckpt_path last"
+            )
+        if isinstance(error, (MisconfigurationException, ModuleNotFoundError)) or (
+            "conditioned on metric" in message  # a misspelled `monitor` of EarlyStopping
+        ):
+            return message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI for one command: what it parses, and the Trainer that it makes.
+    """LightningCLI for one command.
 
-    Typed flags win over a checkpoint that is resumed from, that over configuration files, and those
-    over the defaults.
+    Flags override configuration files, those override the checkpoint, and that the defaults.
 
     Args:
         command: fit, validate or test.
-        args: what is typed after it.
+        args: its arguments.
     """
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         self.checkpoint_path: Path | None = None
-        self.corpus_digest: str | None = None
-        self.folder: RunFolder | None = None
+        self.checkpoint: dict[str, Any] = {}
+        self.args: list[str] = []
+        self.run_checkpoint: RunCheckpoint | None = None
         super().__init__(
             GPTModule,
             CharDataModule,
-            save_config_callback=None,  # `save_config` writes into the folder of the run
-            trainer_class=TypedTrainer,
+            save_config_callback=None,  # ConfigFile writes to the folder of the run
+            trainer_class=make_trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
             run=False,
             args=args,
-            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=SEED,
             parser_kwargs={
                 "prog": f"python -m chargpt {command}",
                 "description": f"{COMMANDS[command][1]} --config takes files, and names of shipped "
                 f"configurations: {', '.join(shipped_configs())}.",
                 "exit_on_error": False,
-                "allow_abbrev": False,  # a misspelt flag is an error, not another flag
+                "allow_abbrev": False,  # a misspelled flag is an error, not another flag
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyperparameters stay plain values
         )
 
-    # ---- what can be typed ----
+    # ---- arguments ----
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
             help="A checkpoint: a path, or best or last of the newest run. fit resumes from it; "
-            "validate and test take the best unless told otherwise.",
+            "validate and test use the best by default.",
         )
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
@@ -139,184 +151,231 @@ class TrainingCLI(LightningCLI):
             "--seed_everything",
             type=int,
             default=self.seed_everything_default,
-            help="Seed of the weights, of the sequences that are read and of dropout.",
+            help="Seed of the weights, of the sequences in each batch, and of dropout.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        configs, typed = split_configs(args)
-        for name in configs:
-            self.check(name)
-        typed = with_save_dir(typed)
-        self.config = self.parse(configs, typed)
+        self.args = args = with_save_dir(find_configs(args))
+        self.config = checked(parser, lambda: parser.parse_args(args))
         if self.command != "fit" or self.config.ckpt_path is not None:
-            self.restore(configs, typed)
-        check_trainer(self.config.trainer)
-        if self.command == "fit":
-            check_end(self.config)
-
-    def parse(self, configs: list[str], typed: list[str]) -> Any:
-        args = [*(f"--config={config}" for config in configs), *typed]
-        return checked(self.parser, lambda: self.parser.parse_args(args))
-
-    def check(self, name: str) -> None:
-        """Parse a configuration file alone, so that an error can name where it comes from."""
-        text = read_config(name)
-        given = yaml.safe_load(text)
-        for group in ("trainer", "model", "data"):
-            if not isinstance(given.get(group, {}), dict):
-                fail(f"{name}: {group} is {given[group]}; it must hold settings, as name: value", 2)
+            restored = self.restore()
+            self.config = checked(parser, lambda: parser.parse_args(args))
+            self.config.ckpt_path = str(self.checkpoint_path)
+            self.check_changes(restored)
         for target, source in LINKS.items():
-            group, _, setting = target.partition(".")
-            if isinstance(given.get(group), dict) and setting in given[group]:
-                fail(f"{name}: {target} cannot be set: it follows {source}", status=2)
-        checked(self.parser, lambda: self.parser.parse_string(text), f"{name}: ")
+            if self.is_given(target):
+                fail(f"{target} cannot be set\nset {source}, which it follows", status=2)
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise UserError(
+                f"seed_everything is {self.config.seed_everything}; it must be from 0 to 2**32 - 1"
+            )
+        if self.command != "fit":
+            limit = "limit_val_batches" if self.command == "validate" else "limit_test_batches"
+            if self.config.trainer[limit] == 0:
+                raise UserError(f"trainer.{limit} is 0: nothing would be scored; increase it")
 
-    # ---- settings of the checkpoint that is resumed from or looked at ----
+    # ---- the checkpoint that is resumed or evaluated ----
 
-    def restore(self, configs: list[str], typed: list[str]) -> None:
-        """Parse again, with the settings of the checkpoint between files and typed flags."""
+    def restore(self) -> dict[str, Any]:
+        """Make the settings of the checkpoint the defaults of the parser; returns them by flag."""
         root = self.config.trainer.default_root_dir or "."
-        path = self.checkpoint_path = checkpoints.resolve_checkpoint(self.config.ckpt_path, root)
-        checkpoint = checkpoints.read_checkpoint(path)
-        checkpoints.network_of(checkpoint, path)  # says what is wrong with it, if anything
-        settings = yaml.safe_dump(settings_of(checkpoint))
-        checked(self.parser, lambda: self.parser.parse_string(settings), f"{path}: ")
-        if self.command == "fit" and not configs:
-            configs = settings_of_run(path)
-        self.config = self.parse([*configs, settings], typed)
-        self.config.ckpt_path = str(path)
-        refuse_another_network(self.config, checkpoint["hyper_parameters"])
-        if not any(arg.startswith("--data.corpus") for arg in typed):  # one named anew is trusted
-            saved = checkpoint["datamodule_hyper_parameters"]
-            self.corpus_digest = saved.get("corpus_digest")
-        if self.command == "fit":
-            check_resumable(checkpoint, path, self.config.trainer)
+        path = self.checkpoint_path = resolve_checkpoint(self.config.ckpt_path, root)
+        self.checkpoint = read_checkpoint(path)
+        build_network(self.checkpoint, path)  # says what is wrong with it, if anything
+        restored = restored_settings(self.checkpoint, path, with_trainer=self.command == "fit")
+        self.parser.set_defaults(restored)
+        return restored
 
-    # ---- what is made of it ----
+    def check_changes(self, restored: dict[str, Any]) -> None:
+        """Refuse settings of another network, and print all others that differ."""
+        fixed = {*NETWORK_SETTINGS, "optimizer"}
+        fixed -= {"dropout", "attention_dropout", "ngram_dropout"}
+        if self.config.model.position == "rotary":  # no weight depends on the length
+            fixed -= {"block_size"}
+        changes = []
+        for flag, before in restored.items():
+            now, name = self.config[flag], flag.partition(".")[2]
+            second_head = name == "second_target" and bool(now) != bool(before)
+            if now != before and ((name in fixed and flag != "data.order") or second_head):
+                raise UserError(
+                    f"{name} is {before} in the checkpoint and cannot become {now}: the weights or "
+                    "the optimizer's state would not fit\ntrain a new model to change it"
+                )
+            if now != before and flag != "data.corpus":  # its path may differ, the text may not
+                changes.append(f"{flag} {before} -> {now}")
+        if changes and self.command == "fit":
+            rank_zero_print(f"changed  {', '.join(changes)}")
+
+    def check_sequences(self) -> None:
+        """Refuse to resume with fewer devices, say, by oversight: each step would be another."""
+        before = self.checkpoint["chargpt"].get("sequences_per_step")
+        per_device = self.config.data.batch_size * self.config.trainer.accumulate_grad_batches
+        now = per_device * self.trainer.world_size
+        flags = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
+        if before != now and not any(map(self.is_given, (*flags, "data.batch_size"))):
+            raise UserError(
+                f"the run was trained with {before} sequences per step, this command has {now}\n"
+                f"add --trainer.devices {before // per_device}, or choose another --data.batch_size"
+            )
+
+    def is_given(self, flag: str) -> bool:
+        """Whether a setting is in the flags or configuration files of the command."""
+        group, _, name = flag.partition(".")
+        files = [yaml.safe_load(path.read_text()) for path in self.config.config or []]
+        in_flags = any(arg.partition("=")[0] == f"--{flag}" for arg in self.args)
+        return in_flags or any(name in (file.get(group) or {}) for file in files)
+
+    # ---- objects ----
 
     def instantiate_classes(self) -> None:
-        """Choose the folder of the run, point its loggers there, and make everything."""
-        self.given, config = self.config.clone(), self.config.trainer
-        self.given.ckpt_path = None  # whoever repeats a run with its config.yaml starts anew
-        keeps = self.command == "fit" and not config.fast_dev_run and not config.barebones
-        self.saves = keeps and config.enable_checkpointing is not False
-        self.keeps = self.saves or (keeps and config.logger is not False)
-        self.run_path = checkpoints.run_of(self.checkpoint_path) if self.keeps else None
-        if self.keeps and rank_zero_only.rank == 0:  # the other ranks hear of a new one from it
-            logs = Path(config.default_root_dir or os.getcwd()) / checkpoints.LOGS
-            self.folder = RunFolder(logs, self.run_path)
-            self.run_path = self.folder.path
-            for logger in loggers_of(config):
-                point(logger, self.run_path)
+        """Choose the folder of the run and create everything."""
+        trainer = self.config.trainer
+        discarded = (
+            trainer.fast_dev_run or trainer.barebones or trainer.enable_checkpointing is False
+        )
+        if self.command != "fit":
+            self.run_checkpoint = RunCheckpoint(None)  # saves nothing but in fit
+        elif not discarded:
+            self.run_checkpoint = RunCheckpoint(None)  # other ranks ask rank 0 for the folder
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                folder = self.checkpoint_path and run_of(self.checkpoint_path)
+                folder = folder or new_run(trainer.default_root_dir or ".")
+                self.run_checkpoint = RunCheckpoint(folder)
+                self.run_checkpoint.acquire_lock()  # before loggers write to the folder
+                set_log_dirs(trainer, folder)
         try:
             super().instantiate_classes()
-        except BaseException as error:
-            if self.folder:
-                self.folder.release(nothing_came=True)
-            if isinstance(error, (TypeError, ImportError)):  # Lightning's words for what cannot be
-                raise ValueError(str(error)) from error
-            if UNION in str(error):  # jsonargparse's, for a class that cannot be made
-                raise ValueError(explain(self.parser, str(error))) from error
+            if self.checkpoint:
+                self.set_trained_text()
+        except BaseException:
+            self.release()
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self.config_init.trainer
-        if self.command != "fit":  # looks at a run and leaves nothing behind
-            kwargs["logger"] = False
-        elif self.run_path and config.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(
-                self.run_path.parent, name="", version=self.run_path.name, default_hp_metric=False
-            )
-        plugins = config.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        callbacks = self.callbacks(config)
-        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": callbacks}
-        return super().instantiate_trainer(**kwargs)
+        settings = {**self.config_init.trainer, **kwargs}
+        callbacks = as_list(settings.pop("callbacks"))
+        if self.run_checkpoint:
+            callbacks.append(self.run_checkpoint)
+        if self.command != "fit":  # leaves nothing behind
+            settings["logger"] = False
+        elif self.run_checkpoint:
+            config = self.config.clone()
+            config.ckpt_path = None  # whoever uses config.yaml starts a new run
+            callbacks.append(ConfigFile(self.parser, config, self.run_checkpoint))
+        try:
+            return make_trainer(callbacks=callbacks, **settings)
+        except (TypeError, ValueError) as error:  # Lightning's words for invalid settings
+            raise UserError(str(error)) from error
 
-    def callbacks(self, config: Any) -> list[Callback]:
-        """Ours, beside those of the configuration."""
-        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        folder = self.run_path
-        ours: list[Callback] = []
-        if self.command == "fit":
-            ours += [Summary(folder), Throughput(), TextSamples()]
-        if self.folder:
-            ours.append(LambdaCallback(setup=lambda *_, stage: self.save_config()))
-        bar = config.enable_progress_bar is not False and not config.barebones
-        if bar and not any(isinstance(callback, AnyProgressBar) for callback in given):
-            ours.append(ProgressBar())
-        if config.max_time and not any(isinstance(callback, Timer) for callback in given):
-            ours.append(AgreedTimer(config.max_time))
-        if self.saves:
-            best = best_checkpoint_callback(folder and folder / "checkpoints")
-            ours += [best, LastCheckpoint(best), FinalScore(best)]
-        return ours
+    def set_trained_text(self) -> None:
+        """Tell the data which text, and which part of it, the checkpoint was trained on."""
+        saved = self.checkpoint["datamodule_hyper_parameters"]
+        names = ("corpus_bytes", "corpus_digest", "train_characters")
+        if all(name in saved for name in names):
+            size, digest, train_characters = (saved[name] for name in names)
+            named = self.is_given("data.corpus")
+            self.datamodule.trained_text = TrainedText(size, digest, train_characters, named)
+            self.datamodule.allow_other_text = self.command != "fit"
 
-    def save_config(self) -> None:
-        """Write config.yaml once the text is there: a run that cannot resume keeps its own."""
-        path = self.folder.path / checkpoints.CONFIG
-        self.parser.save(self.given, path, skip_unset=False, overwrite=True)
-
-    # ---- what is run ----
+    def release(self) -> None:
+        if self.run_checkpoint:
+            self.run_checkpoint.release()
 
     def run(self) -> None:
         """Run the command."""
-        if self.command != "fit":
-            say(f"checkpoint {self.checkpoint_path}")
-        self.datamodule.expected_digest = self.corpus_digest
-        method = getattr(self.trainer, self.command)
-        verbose = {} if self.command == "fit" else {"verbose": False}  # we print scores in full
+        fits, step = self.command == "fit", self.checkpoint.get("global_step", 0)
         try:
-            method(
-                self.model,
-                datamodule=self.datamodule,
-                ckpt_path=self.checkpoint_path,
-                weights_only=True,  # no code from a checkpoint is run
-                **verbose,
+            if fits and self.checkpoint:
+                check_resumable(self.trainer, self.checkpoint)
+                self.check_sequences()
+            elif not fits:
+                rank_zero_print(f"checkpoint {self.checkpoint_path}")
+            self.checkpoint.clear()  # the Trainer reads it again
+            method = getattr(self.trainer, self.command)
+            quiet = {} if fits else {"verbose": False}  # `run` prints the scores
+            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet)
+        finally:
+            self.release()
+        if fits and self.checkpoint_path and self.trainer.global_step == step:
+            rank_zero_print(
+                f"nothing to do: step {step} is the last within trainer.max_steps or max_time\n"
+                "increase the limit to train further"
             )
-        except BaseException:
-            if self.folder:
-                self.folder.release(nothing_came=self.trainer.global_step == 0)
-            raise
-        if self.folder:
-            self.folder.release()
+        if self.trainer.received_sigterm:  # Lightning would end with status 0
+            raise SystemExit(143)
 
 
-def point(logger: Namespace, run: Path) -> None:
-    """Let a logger of files that is told no place write into the folder of the run."""
-    settings = logger.init_args
-    if logger.class_path.rpartition(".")[2] not in FILE_LOGGERS:
-        return
-    if (settings.save_dir, settings.name, settings.version) == (HERE, checkpoints.LOGS, None):
-        settings.save_dir, settings.name, settings.version = str(run.parent), "", run.name
-        metrics = run / "metrics.csv"
-        if metrics.exists():  # CSVLogger begins anew, and would delete what is there
-            metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
+class ConfigFile(Callback):
+    """Writes config.yaml to the folder of the run, for people and for --config."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, run: RunCheckpoint) -> None:
+        self.parser, self.config, self.run = parser, config, run
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and self.run.folder:
+            path = self.run.folder / "config.yaml"
+            self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
 
-def loggers_of(config: Any) -> list[Namespace]:
-    """The loggers that are given by the name of their class."""
-    loggers = config.logger if isinstance(config.logger, list) else [config.logger]
-    return [logger for logger in loggers if isinstance(logger, Namespace)]
+def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool) -> dict[str, Any]:
+    """The settings in a checkpoint by flag, each checked: the file may be a stranger's."""
+    model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
+    known = {field.name for field in fields(TrainingConfig)}
+    for name in model:
+        if name not in known:
+            raise UserError(
+                f"{path} has the setting {str(name)[:80]!r}, which this version of chargpt does "
+                "not support\nuse the version that wrote it"
+            )
+    data = {name: data[name] for name in DATA_SETTINGS if name in data} | {
+        "block_size": model.get("block_size", 0)
+    }
+    config = TrainingConfig(**model)
+    CharDataModule(**data)
+    settings = {f"model.{name}": model[name] for name in model if f"model.{name}" not in LINKS}
+    settings |= {f"data.{name}": value for name, value in data.items()}
+    settings["seed_everything"] = config.seed
+    trainer = checkpoint["chargpt"].get("trainer") or {}
+    for name in RUN_SETTINGS if with_trainer else ():
+        value = trainer.get(name)
+        if type(value) not in (int, float, str, type(None)):
+            raise UserError(f"{path}: trainer.{name} is {str(value)[:80]}, which is not a number")
+        if name == "max_time" and value is not None:
+            value = {"seconds": value}
+        if name in trainer:
+            settings[f"trainer.{name}"] = value
+    return settings
 
 
-def with_save_dir(typed: list[str]) -> list[str]:
-    """Give a logger of files, typed by its name alone, the folder that it cannot do without."""
-    args = []
-    for before, arg in zip(["", *typed], typed):
+def set_log_dirs(config: Any, folder: Path) -> None:
+    """Point file loggers that name no folder to the folder of the run."""
+    for logger in as_list(config.logger):
+        if not isinstance(logger, Namespace) or not logger.class_path.endswith(FILE_LOGGERS):
+            continue
+        if (logger.init_args.save_dir, logger.init_args.version) == (HERE, None):
+            logger.init_args.save_dir = str(folder.parent)
+            logger.init_args.name, logger.init_args.version = "", folder.name
+            metrics = folder / "metrics.csv"
+            if metrics.exists():  # CSVLogger would delete it
+                metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
+
+
+def with_save_dir(args: list[str]) -> list[str]:
+    """Add the argument save_dir, which file loggers need, to one that is given by name only."""
+    result = []
+    for before, arg in zip(["", *args], args):
         flag, _, name = arg.partition("=") if "=" in arg else (before, "", arg)
-        args.append(arg)
+        result.append(arg)
         if flag.rstrip("+") == "--trainer.logger" and name.rpartition(".")[2] in FILE_LOGGERS:
-            args.append(f"--trainer.logger.save_dir={HERE}")
-    return args
+            result.append(f"--trainer.logger.save_dir={HERE}")
+    return result
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, instead of giving it back to the kernel.
+    """Let glibc keep the memory that a step frees for the next step.
 
-    On a processor that saves thousands of page faults a step, a tenth of its time; the most
-    memory in use stays what it is.
+    On a CPU that saves thousands of page faults per step, a tenth of its time; peak memory stays
+    the same.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     try:
@@ -328,114 +387,5 @@ def keep_freed_memory() -> None:
 
 
 @rank_zero_only
-def say(message: str) -> None:
+def rank_zero_print(message: str) -> None:
     print(message, file=sys.stderr)
-
-
-@rank_zero_only
-def print_scores(trainer: Trainer) -> None:
-    for name, value in trainer.callback_metrics.items():
-        print(name, value.item())
-
-
-def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about the model, the data and the seed, as a configuration."""
-    groups = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-    derived = {"corpus_name", "corpus_digest", "_instantiator"}
-    settings: dict[str, Any] = {
-        group: {
-            name: value
-            for name, value in checkpoint[key].items()
-            if f"{group}.{name}" not in LINKS and name not in derived
-        }
-        for group, key in groups.items()
-    }
-    settings["seed_everything"] = checkpoint["hyper_parameters"].get("seed", SEED)
-    return settings
-
-
-def settings_of_run(checkpoint: Path) -> list[str]:
-    """The configuration of the run that a checkpoint belongs to, where there is one, as text."""
-    run = checkpoints.run_of(checkpoint)
-    if run is None:
-        return []
-    say(f"settings {run / checkpoints.CONFIG}")
-    saved = yaml.safe_load(read_config(str(run / checkpoints.CONFIG)))
-    groups = ("trainer", "model", "data")  # version 0.1 also kept arguments of Trainer.fit
-    settings = {name: saved[name] for name in groups if name in saved}
-    if isinstance(settings.get("model"), dict):
-        checkpoints.rename_ngrams(settings["model"])
-    return [yaml.safe_dump(settings)]
-
-
-def refuse_another_network(config: Any, saved: dict[str, Any]) -> None:
-    """The weights of a checkpoint fit one network; what else was typed takes effect."""
-    names = {field.name for field in fields(GPTConfig)} & saved.keys()
-    names -= {"dropout", "attention_dropout", "ngram_dropout", "zero_init"}
-    if config.model.position == "rotary":  # no weight depends on the length then
-        names -= {"block_size"}
-    for name in sorted(names):
-        given = config.data.block_size if name == "block_size" else config.model[name]
-        if given != saved[name]:
-            raise CheckpointError(
-                f"{name} is {saved[name]} in the checkpoint, whose weights fit no other; "
-                f"it cannot become {given}\ntrain anew to change it"
-            )
-    before, now = saved["second_target"], config.model.second_target
-    if bool(before) != bool(now):
-        raise CheckpointError(
-            f"second_target is {before} in the checkpoint, which {'has' if before else 'lacks'} "
-            f"the weights of its head; it cannot become {now}\ntrain anew to change it"
-        )
-
-
-def check_resumable(checkpoint: dict[str, Any], path: Path, config: Any) -> None:
-    """End here where there is nothing to resume."""
-    step = checkpoint["global_step"]
-    if not {"optimizer_states", "loops"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} holds weights alone; training cannot resume from it")
-    if config.max_epochs not in (None, -1):
-        raise ValueError(
-            "a run that counts epochs cannot be resumed exactly\n"
-            "give --trainer.max_epochs null and --trainer.max_steps N"
-        )
-    limit = None
-    if 0 < config.max_steps <= step:
-        limit = "max_steps"
-    if config.max_time and (spent := checkpoint.get("callbacks", {}).get("Timer")):
-        timer = Timer(config.max_time)
-        timer.load_state_dict(spent)
-        if timer.time_remaining() <= 0:
-            limit = "max_time"
-    if limit:
-        say(
-            f"nothing to do: the checkpoint is of step {step}, and trainer.{limit} is "
-            f"{config[limit]}\ngive a larger --trainer.{limit} to train on"
-        )
-        raise SystemExit(0)
-
-
-def check_trainer(config: Any) -> None:
-    """What Lightning would divide by, or do nothing with."""
-    for name in ("max_steps", "val_check_interval", "accumulate_grad_batches"):
-        value = config[name]
-        endless = name == "max_steps" and value == -1
-        if isinstance(value, (int, float)) and value < 1 and not endless:  # a time is text
-            raise ValueError(f"trainer.{name} is {value}; it must be at least 1")
-    if config.max_epochs not in (None, -1) and type(config.limit_train_batches) is not int:
-        raise ValueError(
-            f"trainer.max_epochs is {config.max_epochs}, but sequences are read without end\n"
-            "give --trainer.max_steps, or --trainer.limit_train_batches N to say what an epoch is"
-        )
-
-
-def check_end(config: Any) -> None:
-    """What comes down or grows over a run needs a run that ends."""
-    endless = config.trainer.max_steps in (-1, None) and config.trainer.max_time is None
-    if endless and (config.model.schedule != "constant" or config.model.short_contexts):
-        raise ValueError(
-            "trainer.max_steps is -1 and there is no trainer.max_time: "
-            "schedule and short_contexts need an end\n"
-            "give --trainer.max_steps N or "
-            "--trainer.max_time 00:01:00:00 (days:hours:minutes:seconds)"
-        )

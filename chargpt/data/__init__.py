@@ -1,11 +1,5 @@
-"""From a text to batches of ids. In reading order:
+"""From a text to batches of ids; in reading order: texts, token_file, datasets, module."""
 
-corpus.py      finding a text: named texts, a file, a folder of .txt files
-token_file.py  encoding it once into a memory-mapped file of ids
-blocks.py      the datasets: which characters are read, in which order, on which rank
-module.py      the LightningDataModule, which puts these together
-"""
+from chargpt.data.module import CharDataModule, TrainedText
 
-from chargpt.data.module import CharDataModule
-
-__all__ = ["CharDataModule"]
+__all__ = ["CharDataModule", "TrainedText"]

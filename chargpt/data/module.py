@@ -1,44 +1,49 @@
 """The LightningDataModule: one text, split, served in batches of ids (B, T + 1)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
-from chargpt.data.blocks import EpochBlocks, EvaluationBlocks, RandomBlocks
-from chargpt.data.corpus import CorpusError, find_text
-from chargpt.data.token_file import open_corpus
+from chargpt.data.datasets import EpochSequences, EvaluationSequences, RandomSequences
+from chargpt.data.texts import TextSource, resolve_corpus
+from chargpt.data.token_file import Corpus, open_corpus
+from chargpt.model import UserError
+from chargpt.model.config import FRACTION, check
 from chargpt.vocabulary import Vocabulary
 
-ORDERS = {"random": RandomBlocks, "epochs": EpochBlocks}
+ORDERS = {"random": RandomSequences, "epochs": EpochSequences}
+
+
+class TrainedText(NamedTuple):
+    """The text that a checkpoint was trained on."""
+
+    size: int  # bytes of all its files
+    digest: str
+    train_characters: int  # length of its training split
+    named: bool  # whether the user has named a text to use now
 
 
 class CharDataModule(LightningDataModule):
-    """Batches of one text: the first part to train on, the rest to validate and to test on.
+    """Batches of one text: its first part for training, the rest for validation and testing.
 
     Args:
-        corpus: a named text (tiny-shakespeare, python-reference), a text file, or a folder of
-            .txt files.
-        data_dir: folder of named texts and token files; by default $CHARGPT_DATA_DIR or the
-            user's cache folder.
-        fallback_corpus: named text to train on, with a warning, where the one asked for cannot
-            be had; null refuses.
-        block_size: the most characters of context; given here, it reaches the model.
+        corpus: tiny-shakespeare, python-reference, a text file, or a folder of .txt files.
+        data_dir: folder of named texts and token files; default $CHARGPT_DATA_DIR or the cache.
+        fallback_corpus: named text to use, with a warning, if a named text is unavailable.
+        block_size: maximum context in characters; the model's follows from it.
         batch_size: sequences in a batch, on each device.
-        val_fraction: share of the text to validate on, after the part to train on.
-        test_fraction: share of the text to test on, at its end.
-        order: random trains on sequences that begin anywhere; epochs reads each character once
-            before any is read again, which learns more from a text that is read several times.
-        num_workers: processes that read ahead; reading is so cheap that 0 is usually fastest.
+        val_fraction: fraction of the text for validation, after the training part.
+        test_fraction: fraction of the text for testing, at its end.
+        order: random positions, or epochs: each character once before any is read again, which is
+            better for a text that is read several times.
+        num_workers: processes that load batches; loading is so cheap that 0 is usually fastest.
         seed: chooses the sequences; the command line fills in seed_everything.
-
-    Raises:
-        ValueError: a size or share that cannot be.
-        CorpusError: in `setup`, where the text cannot be had or is too short.
     """
+
+    corpus: Corpus  # set by `prepare_data` or `setup`
 
     def __init__(
         self,
@@ -54,112 +59,119 @@ class CharDataModule(LightningDataModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} on")
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}; it must be one of {', '.join(ORDERS)}")
-        if min(val_fraction, test_fraction) < 0 or not val_fraction + test_fraction < 1:
-            raise ValueError(
-                f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be "
-                "negative, and together leave something to train on"
-            )
         self.save_hyperparameters()
-        self.expected_digest: str | None = None  # of the text that a checkpoint was trained on
+        h = self.hparams
+        check(h, "block_size batch_size", "at least 1", lambda n: n >= 1)
+        check(h, "num_workers seed", "at least 0", lambda n: n >= 0)
+        check(h, "val_fraction test_fraction", *FRACTION)
+        check(h, "test_fraction", "less than 1 - val_fraction", lambda x: x + val_fraction < 1)
+        check(h, "order", " or ".join(ORDERS), lambda order: order in ORDERS)
+        # Set from a checkpoint before `setup`, which then refuses a changed text, and splits that
+        # score what was trained on. A run resumes on its own text: allow_other_text is False.
+        self.trained_text: TrainedText | None = None
+        self.allow_other_text = True
 
     def prepare_data(self) -> None:
-        """Find, download and encode the text: Lightning calls this on one process of a machine."""
-        h = self.hparams
-        self.corpus = open_corpus(find_text(h["corpus"], h["data_dir"], h["fallback_corpus"]))
+        """Download and encode the text. Lightning calls this in one process per machine."""
+        if not hasattr(self, "corpus"):
+            self.open_text(self.hparams["corpus"], self.hparams["fallback_corpus"])
+
+    def open_text(self, corpus: str, fallback: str | None = None) -> None:
+        """Open and split a text, and check it before Lightning lets a logger write to disk."""
+        h, trained = self.hparams, self.trained_text
+        try:
+            source = resolve_corpus(corpus, h["data_dir"], fallback)
+            if trained and not trained.named and source.size != trained.size:
+                raise self.other_text(source)  # before anything of it is read
+            self.corpus = open_corpus(source)
+        except OSError as error:
+            raise UserError(
+                f"cannot access {error.filename}: {error.strerror}\n"
+                "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
+            ) from error
+        tokens = self.corpus.tokens
+        val_start = int(len(tokens) * (1 - h["val_fraction"] - h["test_fraction"]))
+        parts = np.split(tokens, [val_start, int(len(tokens) * (1 - h["test_fraction"]))])
+        self.train_tokens, self.val_tokens, self.test_tokens = parts
+        self.check_lengths()
+        if trained and self.corpus.digest == trained.digest:
+            n_trained, n_train = trained.train_characters, len(self.train_tokens)
+            if n_train < n_trained - 1:  # a sum of fractions may round differently
+                raise UserError(
+                    f"the first {n_trained:,} characters of {source.path} were trained on, but "
+                    f"this split trains on {n_train:,} and scores the rest\n"
+                    "use a smaller --data.val_fraction or --data.test_fraction"
+                )
+        elif trained and not (trained.named and self.allow_other_text):
+            raise self.other_text(source)
+
+    def other_text(self, source: TextSource) -> UserError:
+        advice = "name a text with --data.corpus" if self.allow_other_text else "omit --ckpt_path"
+        return UserError(
+            f"{source.path} is another text, or has changed since the checkpoint was trained on "
+            f"it\nrestore it, or {advice} to use it as it is"
+        )
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the token file and split it."""
-        if self.trainer is not None:
-            self.follow_rank_zero(self.trainer)
-        elif not hasattr(self, "corpus"):
+        """Open the text that rank 0 uses, which may be the fallback, on every rank."""
+        if self.trainer is None:
             self.prepare_data()
-        name, path, digest = self.corpus.name, str(self.corpus.path), self.corpus.digest
-        if self.expected_digest not in (None, digest):
-            raise CorpusError(
-                f"{path} has changed since the checkpoint was trained on it: "
-                "losses would be of two texts\n"
-                "bring the old one back, or name a text with --data.corpus to use it as it is"
-            )
-        self.save_hyperparameters(dict(corpus=path, corpus_name=name, corpus_digest=digest))
-        self.train_tokens, self.val_tokens, self.test_tokens = self.split()
+        else:
+            corpus: Corpus | None = getattr(self, "corpus", None)  # set where prepare_data ran
+            local: Any = corpus and (corpus.source.name, corpus.digest)
+            name, digest = self.trainer.strategy.broadcast(local)
+            if local != (name, digest):
+                self.open_text(name)
+            if self.corpus.digest != digest:
+                path = self.corpus.source.path
+                raise UserError(f"{path} differs between machines\ncopy it to all of them again")
+        source, _, _, digest = self.corpus
+        texts = dict(corpus=str(source.path), corpus_name=source.name, corpus_digest=digest)
+        sizes = dict(corpus_bytes=source.size, train_characters=len(self.train_tokens))
+        self.save_hyperparameters(texts | sizes)
 
-    def follow_rank_zero(self, trainer: Trainer) -> None:
-        """Open on every rank the text that rank 0 has opened, a fallback too."""
-        corpus = getattr(self, "corpus", None)  # only one process of a machine has prepared it
-        ours: Any = corpus and (corpus.name, corpus.digest)
-        name, digest = theirs = trainer.strategy.broadcast(ours)
-        if ours != theirs:
-            self.corpus = open_corpus(find_text(name, self.hparams["data_dir"]))
-        if self.corpus.digest != digest:
-            raise CorpusError(
-                f"{self.corpus.path} is not the same text on every machine\ncopy it anew"
-            )
-
-    def split(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens to train, to validate and to test on."""
-        tokens, h = self.corpus.tokens, self.hparams
-        val_start = int(len(tokens) * (1 - h["val_fraction"] - h["test_fraction"]))
-        test_start = int(len(tokens) * (1 - h["test_fraction"]))
-        train, val, test = np.split(tokens, [val_start, test_start])
-        for part, use, least, advice in (
-            (train, "train", h["block_size"] + 1, "smaller --data.block_size"),
-            (val, "validate", 2, "larger --data.val_fraction"),
-            (test, "test", 2 if h["test_fraction"] else 0, "larger --data.test_fraction"),
+    def check_lengths(self) -> None:
+        h = self.hparams
+        for use, part, minimum in (
+            ("training", self.train_tokens, max(h["block_size"] + 1, h["batch_size"])),
+            ("validation", self.val_tokens, 2),
+            ("testing", self.test_tokens, 2 if h["test_fraction"] else 0),
         ):
-            if len(part) < least:
-                raise CorpusError(
-                    f"{self.corpus.path} leaves {len(part):,} characters to {use} on, but that "
-                    f"needs at least {least}\ntake a longer text or a {advice}"
+            if len(part) < minimum:
+                raise UserError(
+                    f"{use} needs {minimum:,} characters, but {self.corpus.source.path} leaves "
+                    f"{len(part):,}\nuse a longer text, or a smaller --data.block_size or "
+                    "--data.batch_size, or other fractions"
                 )
-        return train, val, test
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self.corpus.vocabulary
 
-    @property
-    def rank_and_world_size(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
     def train_dataloader(self) -> DataLoader:
-        # Lightning has restored global_step by now: resume with the micro-batch that comes next.
-        trainer, h = self.trainer, self.hparams
-        first = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
-        sizes = h["block_size"], h["batch_size"]
-        Blocks = ORDERS[h["order"]]
-        return self.loader(
-            Blocks(self.train_tokens, *sizes, h["seed"], *self.rank_and_world_size, first)
-        )
+        # Lightning has restored global_step: resume with the micro-batch that comes next.
+        h, trainer = self.hparams, self.trainer
+        start_batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        dataset = ORDERS[h["order"]]
+        return self.loader(dataset, self.train_tokens, seed=h["seed"], start_batch=start_batch)
 
     def val_dataloader(self) -> DataLoader:
-        return self.evaluation_loader(self.val_tokens)
+        return self.loader(EvaluationSequences, self.val_tokens)
 
     def test_dataloader(self) -> DataLoader:
         if len(self.test_tokens) == 0:
-            raise CorpusError(
-                "there is no test split: --data.test_fraction is 0\n"
-                "train with one, e.g. --data.test_fraction 0.05, or use `validate`"
+            raise UserError(
+                "there is no test split\nset --data.test_fraction for `fit`, or `validate`"
             )
-        return self.evaluation_loader(self.test_tokens)
+        return self.loader(EvaluationSequences, self.test_tokens)
 
-    def evaluation_loader(self, tokens: np.ndarray) -> DataLoader:
-        sizes = self.hparams["block_size"], self.hparams["batch_size"]
-        return self.loader(EvaluationBlocks(tokens, *sizes, *self.rank_and_world_size))
-
-    def loader(self, blocks: IterableDataset[Tensor]) -> DataLoader:
+    def loader(self, dataset: type[Any], tokens: np.ndarray, **settings: int) -> DataLoader:
+        h, trainer = self.hparams, self.trainer
+        if trainer:
+            settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(
-            blocks,
+            dataset(tokens, h["block_size"], h["batch_size"], **settings),
             batch_size=None,  # the dataset yields whole batches
-            num_workers=self.hparams["num_workers"],
+            num_workers=h["num_workers"],
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,12 +1,9 @@
-"""Encoding a text once into a memory-mapped token file, and opening it.
+"""Token files: a text is encoded once, then memory-mapped, so it may be larger than memory.
 
-A token file is a NumPy array on disk, a plain `.npy`: one id per character, in the narrowest
-unsigned integer type that holds the vocabulary. The characters and the text's digest follow it as
-JSON. Training maps the file instead of reading it, so a text may be larger than memory.
-
-Its name is made from the paths, sizes and modification times of the text's files. So a text that
-changed has another token file, and a run that began before goes on reading the former one, which
-may be deleted when no run needs it.
+A token file is a NumPy array (`.npy`) of ids in the narrowest unsigned integer type, followed by
+the vocabulary and the text's digest as JSON. Its name depends on the paths, sizes and modification
+times of the text's files: a text that changes gets another token file, and a run that has started
+keeps reading its own. Token files that no run needs may be deleted.
 """
 
 import codecs
@@ -15,164 +12,112 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
-from typing import Any, BinaryIO
+from contextlib import suppress
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from chargpt.atomic_file import atomic_write
-from chargpt.data.corpus import CorpusError, Source, Text
+from chargpt.data.texts import TextFile, TextSource
+from chargpt.model import UserError
 from chargpt.vocabulary import Vocabulary, code_points
 
-PIECE_BYTES = 1 << 17  # read at a time: long enough for numpy, short enough for the CPU's cache
+CHUNK_BYTES = 1 << 17  # long enough for NumPy, short enough for the CPU's cache
 
 
 class Tokens(np.memmap):
     """A memory-mapped array of ids, (N,), or a slice of one.
 
-    It pickles as its place in the file, so that a DataLoader's worker that is spawned maps the file
-    itself, where a plain memmap would pickle as a copy of the text.
+    It pickles as a position in its file: a spawned DataLoader worker gets no copy of the text.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.filename is None or not self.flags.c_contiguous:
-            return np.array, (np.asarray(self),)  # computed from ids: it lies in memory
+            return np.array, (np.asarray(self),)  # a computed array, which is in memory
         whole = self.base if isinstance(self.base, Tokens) else self
         offset = self.offset + self.ctypes.data - whole.ctypes.data
         return Tokens, (self.filename, self.dtype, "r", offset, self.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A text as ids, open for reading at any place."""
+class Corpus(NamedTuple):
+    """A text as ids."""
 
-    name: str  # the named text, or the path as it was given
-    path: Path  # its file or folder, absolute
+    source: TextSource
     vocabulary: Vocabulary  # of the whole text
-    tokens: Tokens  # the ids of its characters, (N,), of `vocabulary.dtype`, read-only
-    digest: str  # SHA-256 of its bytes, in hexadecimal
+    tokens: Tokens  # ids of all characters, (N,), of `vocabulary.dtype`, read-only
+    digest: str  # SHA-256 of the text's bytes, in hexadecimal
 
 
-def open_corpus(text: Text) -> Corpus:
-    """Open the token file of a text; where there is none, encode the text first."""
-    for path in text.token_files:
-        if corpus := open_token_file(path, text):
-            return corpus
-    return encode(text)
+def open_corpus(source: TextSource) -> Corpus:
+    """Open the token file of a text; encode the text first if there is none."""
+    with suppress(OSError, ValueError):  # missing or damaged
+        return open_token_file(source)
+    encode(source)
+    return open_token_file(source)
 
 
-def open_token_file(path: Path, text: Text) -> Corpus | None:
-    """Map a token file, if it is there and whole."""
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r").view(Tokens)
-        with open(path, "rb") as file:
-            file.seek(tokens.offset + tokens.nbytes)
-            trailer = json.load(file)
-        vocabulary = Vocabulary(trailer["characters"])
-        return Corpus(text.name, text.path, vocabulary, tokens, trailer["digest"])
-    except (OSError, ValueError):  # absent, or damaged: it is encoded again
-        return None
+def open_token_file(source: TextSource) -> Corpus:
+    tokens = np.lib.format.open_memmap(source.token_file, mode="r").view(Tokens)
+    with open(source.token_file, "rb") as file:
+        file.seek(tokens.offset + tokens.nbytes)
+        trailer = json.load(file)
+    return Corpus(source, Vocabulary(trailer["characters"]), tokens, trailer["digest"])
 
 
-def encode(text: Text) -> Corpus:
-    """Write the token file of a text, in two streaming passes over it, and open it."""
-    vocabulary, length, digest = survey(text)
+def encode(source: TextSource) -> None:
+    """Write the token file of a text, in two streaming passes over the text."""
+    vocabulary, length, digest = scan(source)
     header = {"descr": vocabulary.dtype.str, "fortran_order": False, "shape": (length,)}
     trailer = {"characters": vocabulary.characters, "digest": digest}
-    problems = []
-    for path in text.token_files:
-        try:
-            with atomic_write(path) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                write_ids(file, text, vocabulary)
-                file.write(json.dumps(trailer).encode())
-        except OSError as error:
-            problems.append(f"{path} ({error.strerror})")
-        # Even after an error: Windows lets nobody replace a file that another process has mapped,
-        # and that file is as good as ours.
-        if corpus := open_token_file(path, text):
-            return corpus
-    raise CorpusError(
-        f"the token file can't be written: {'; '.join(problems)}\n"
-        "set CHARGPT_DATA_DIR (or data_dir) to a folder that can be written"
-    )
+    ascii = vocabulary.characters.encode("ascii", "ignore")  # they have the first ids
+    table = bytes.maketrans(ascii, bytes(range(len(ascii))))
+    with atomic_write(source.token_file) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for data, text in chain.from_iterable(map(read_file, source.files)):
+            if vocabulary.dtype == np.uint8 and text.isascii():
+                file.write(data.translate(table))  # twice as fast
+            else:
+                file.write(vocabulary.encode(text).data)
+        file.write(json.dumps(trailer).encode())
 
 
-def survey(text: Text) -> tuple[Vocabulary, int, str]:
-    """The first pass: the vocabulary of a text, its number of characters, its SHA-256."""
+def scan(source: TextSource) -> tuple[Vocabulary, int, str]:
+    """The vocabulary of a text, its number of characters, and its SHA-256."""
     length = 0
     digest = hashlib.sha256()
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     seen_ascii = b""
-    for piece in read_pieces(text):
-        digest.update(piece)
-        length += len(piece) if piece.isascii() else len(piece.decode())
-        # Without the ASCII characters seen before, little is left of most texts, and UTF-8 still.
-        if rest := piece.translate(None, seen_ascii):
-            codes = code_points(rest.decode())
-            if not seen.take(codes, mode="clip").all():  # twice as fast as setting what is set
-                seen[codes] = True
-                seen_ascii = bytes(np.flatnonzero(seen[:128]).tolist())
+    for data, text in chain.from_iterable(map(read_file, source.files)):
+        digest.update(data)
+        length += len(text)
+        # Without ASCII characters seen before, little is left of most texts, still valid UTF-8.
+        if rest := data.translate(None, seen_ascii):
+            seen[code_points(rest.decode())] = True
+            seen_ascii = bytes(np.flatnonzero(seen[:128]).tolist())
     characters = "".join(map(chr, np.flatnonzero(seen)))
     if len(characters) < 2:
-        found = f"nothing but {characters!r}" if characters else "no text"
-        raise CorpusError(
-            f"{text.path} holds {found}\na model needs two different characters or more"
+        raise UserError(
+            f"{source.path} has fewer than two different characters\nchoose another text"
         )
     return Vocabulary(characters), length, digest.hexdigest()
 
 
-def write_ids(file: BinaryIO, text: Text, vocabulary: Vocabulary) -> None:
-    """The second pass: the ids of a text."""
-    ascii = vocabulary.characters.encode("ascii", "ignore")  # the first ids, in this order
-    table = bytes.maketrans(ascii, bytes(range(len(ascii))))
-    for piece in read_pieces(text):
-        if vocabulary.dtype == np.uint8 and piece.isascii():
-            file.write(piece.translate(table))  # twice as fast
-        else:
-            file.write(vocabulary.encode(piece.decode()).data)
-
-
-def read_pieces(text: Text) -> Iterator[bytes]:
-    """The bytes of a text in pieces of whole characters, with a bar if that takes long."""
-    total = sum(source.size for source in text.sources)
-    with tqdm(desc=f"encoding {text.path}", total=total, unit="B", unit_scale=True, delay=1) as bar:
-        for source in text.sources:
-            for piece in read_source(source):
-                yield piece
-                bar.update(len(piece))
-
-
-def read_source(source: Source) -> Iterator[bytes]:
-    """The bytes of one file, in pieces of whole characters of valid UTF-8."""
-    position, rest = 0, b""  # rest: the start of a character that the next piece completes
-    try:
-        with open(source.path, "rb", buffering=0) as file:
-            while piece := read_unchanged(file, source):
-                piece = rest + piece
-                used = len(piece) if piece.isascii() else codecs.utf_8_decode(piece)[1]
-                yield piece[:used]
-                position, rest = position + used, piece[used:]
-        codecs.utf_8_decode(rest, "strict", True)
-    except OSError as error:
-        raise CorpusError(f"{source.path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        byte, offset = error.object[error.start], position + error.start
-        raise CorpusError(
-            f"{source.path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,} "
-            f"({error.reason})\nsave it as UTF-8, or choose a text file"
-        ) from error
-
-
-def read_unchanged(file: FileIO, source: Source) -> bytes:
-    """The next piece of a file, if it still is as it was found: one that grows might never end."""
-    piece = file.read(PIECE_BYTES)
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-        raise CorpusError(
-            f"{source.path} changed while it was read\nstart again when it is complete"
-        )
-    return piece
+def read_file(file: TextFile) -> Iterator[tuple[bytes, str]]:
+    """A file in chunks of whole characters, each as bytes and decoded."""
+    offset, data = 0, b""  # data: the beginning of a character that the next chunk completes
+    with open(file.path, "rb", buffering=0) as stream:
+        while offset < file.size:
+            data += stream.read(CHUNK_BYTES)
+            status = os.fstat(stream.fileno())  # each time: the file may grow without end
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise UserError(f"{file.path} changed while it was read\nstart again")
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", offset + len(data) == file.size)
+            except UnicodeDecodeError as error:
+                where = f"byte 0x{data[error.start]:02x} at offset {offset + error.start:,}"
+                raise UserError(
+                    f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
+                ) from error
+            yield data[:used], text
+            offset, data = offset + used, data[used:]

@@ -1,23 +1,23 @@
-"""nanoGPT's checkpoints become ours: https://github.com/karpathy/nanoGPT, `ckpt.pt` and `meta.pkl`.
+"""Import of nanoGPT checkpoints (https://github.com/karpathy/nanoGPT, `ckpt.pt` and `meta.pkl`).
 
-Its network is ours with GELU: layers have other names and the same weights. So what is imported is
-exact, with and without biases. What differs shows in training on alone: there the head shares the
-weights of the token embedding, and dropout is applied to the embeddings as well.
+nanoGPT's network is ours with GELU and other layer names, so the import is exact, with and without
+biases. Only further training differs: nanoGPT ties the head to the token embedding and also applies
+dropout to the embeddings.
 """
 
 import pickle
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from chargpt.checkpoints import check_sizes, network_of
-from chargpt.model import GPT, GPTConfig
+from chargpt.checkpoints import build_network, checkpoint_of
+from chargpt.model import GPT, GPTConfig, UserError
+from chargpt.vocabulary import Vocabulary
 
-NAMES = (  # of layers there and here; what is left of a name is the same
+NAMES = (  # nanoGPT's prefixes and ours; the rest of a name is the same
     (r"^transformer\.wte\.", "token_embedding."),
     (r"^transformer\.wpe\.", "position_embedding."),
     (r"^transformer\.h\.(\d+)\.ln_1\.", r"blocks.\1.attention_norm."),
@@ -29,138 +29,132 @@ NAMES = (  # of layers there and here; what is left of a name is the same
     (r"^transformer\.ln_f\.", "norm."),
     (r"^lm_head\.", "head."),
 )
-MASK = re.compile(r"\.attn\.bias$")  # the causal mask, which old versions of torch needed
+MASK = re.compile(r"\.attn\.bias$")  # the causal mask, a buffer that old versions of torch needed
 SIZES = ("block_size", "n_layer", "n_head", "n_embd")
 
 
-class ImportFailed(ValueError):
-    """A file is not of nanoGPT, is damaged or holds code, or something in it cannot be held."""
+def convert(ckpt: Path, meta: Path) -> dict[str, Any]:
+    """Convert a nanoGPT checkpoint and its vocabulary to a checkpoint of this package.
 
-
-def checkpoint_of(ckpt: Path, meta: Path) -> dict[str, Any]:
-    """A checkpoint of ours with the network, the vocabulary and the corpus of a nanoGPT run.
-
-    No code from either file is run.
+    No code from either file is executed.
 
     Raises:
-        ImportFailed: one of them cannot be taken over exactly; the message says why.
+        UserError: a file is not from nanoGPT, is damaged or contains code, or cannot be converted
+            exactly.
     """
-    given, characters = read_ckpt(ckpt), read_meta(meta)
-    ours, weights = network_from(given, ckpt)
+    source, characters = read_ckpt(ckpt), read_meta(meta)
+    config, weights = convert_network(source, ckpt)
     V = len(weights["token_embedding.weight"])
     if len(characters) != V:
-        raise ImportFailed(
+        raise UserError(
             f"{meta} has {len(characters)} characters, but the network in {ckpt} has {V}\n"
-            "give the meta.pkl of the data that it was trained on"
+            "use the meta.pkl of the dataset that the network was trained on"
         )
-    order = sorted(range(V), key=characters.__getitem__)  # our ids follow the characters
+    order = sorted(range(V), key=characters.__getitem__)  # our ids are in order of characters
     for name in ("token_embedding.weight", "head.weight"):
         weights[name] = weights[name][order]
-    config, steps = given.get("config"), given.get("iter_num", 0)
-    dataset = config.get("dataset") if isinstance(config, dict) else None
-    checkpoint = {
-        "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
-        "hyper_parameters": asdict(ours),
-        "datamodule_hyper_parameters": {
-            "corpus": corpus_of(dataset, meta),
-            "block_size": ours.block_size,
-        },
-        "vocabulary": "".join(sorted(characters)),
-        "global_step": steps if type(steps) is int else 0,
-        "epoch": 0,
-        "origin": f"Trained by nanoGPT for {steps} iterations, and imported from its checkpoint.",
-    }
-    network_of(checkpoint, ckpt)  # as whoever reads it will
+    settings, steps = source.get("config"), source.get("iter_num", 0)
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    checkpoint = checkpoint_of(
+        weights,
+        config,
+        Vocabulary("".join(sorted(characters))),
+        datamodule_hyper_parameters={"corpus": guess_corpus(dataset, meta)},
+        global_step=steps if type(steps) is int else 0,
+        origin=f"Trained by nanoGPT for {steps} iterations and imported from its checkpoint.",
+    )
+    build_network(checkpoint, ckpt)  # check that it can be loaded
     return checkpoint
 
 
-def network_from(given: dict[str, Any], ckpt: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The settings and the weights of nanoGPT's network under our names."""
-    arguments = given["model_args"]
-    state = {key.removeprefix("_orig_mod."): w for key, w in given["model"].items()}
+def convert_network(source: dict[str, Any], ckpt: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The configuration and the weights of nanoGPT's network, under our names."""
+    arguments = source["model_args"]
+    state = {key.removeprefix("_orig_mod."): w for key, w in source["model"].items()}
     try:
         bias = arguments["bias"]
         sizes = {name: arguments[name] for name in SIZES}
-        ours = GPTConfig(
+        config = GPTConfig(
             **sizes,
             dropout=float(arguments.get("dropout", 0.0)),
             bias=bias,
             qkv_bias=bias,
             activation="gelu",
         )
-        weights = renamed(state)
-        check_sizes(ours, weights)
+        weights = rename_weights(state)
+        if config.n_layer > len(weights):
+            raise UserError(f"n_layer is {config.n_layer}, but there are weights of fewer layers")
         V, C = weights["token_embedding.weight"].shape
     except KeyError as error:
-        raise ImportFailed(f"{ckpt} lacks {error}; it is no checkpoint of nanoGPT") from error
+        raise UserError(f"{ckpt} lacks {error}; it is not a nanoGPT checkpoint") from error
     except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ImportFailed(f"{ckpt} does not fit itself: {error}") from error
+        raise UserError(f"{ckpt} is inconsistent: {error}") from error
     if bias:
-        weights.setdefault("head.bias", torch.zeros(V))  # it never has one there
-    else:  # layer norms without bias, which is a bias of zero
+        weights.setdefault("head.bias", torch.zeros(V))  # nanoGPT's head never has a bias
+    else:  # LayerNorm without bias is LayerNorm with a bias of zero
         for name in [name for name in weights if name.endswith("norm.weight")]:
             weights.setdefault(name.replace("weight", "bias"), torch.zeros(C))
-    check_shapes(ours, V, weights, ckpt)
-    return ours, weights
+    check_shapes(config, V, weights, ckpt)
+    return config, weights
 
 
 def read_ckpt(path: Path) -> dict[str, Any]:
-    """Tensors and plain values; code is refused, not run."""
+    """Read tensors and plain values; a file that contains code is refused."""
     try:
-        given = torch.load(path, map_location="cpu", weights_only=True)
+        source = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ImportFailed(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise ImportFailed(
-            f"{path} is not a checkpoint that can be read: it is truncated, damaged, or holds code"
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # zip, pickle and torch each raise their own errors
+        raise UserError(
+            f"{path} is not a readable checkpoint: it is truncated, damaged, or contains code"
         ) from error
-    if not isinstance(given, dict):
-        given = {}
+    if not isinstance(source, dict):
+        source = {}
     for name in ("model", "model_args"):
-        if not isinstance(given.get(name), dict):
+        if not isinstance(source.get(name), dict):
             refuse_ckpt(path, f"it has no {name}")
-    if not all(isinstance(key, str) for key in given["model"]):
+    if not all(isinstance(key, str) for key in source["model"]):
         refuse_ckpt(path, "its weights have no names")
-    if not all(isinstance(w, Tensor) and w.is_floating_point() for w in given["model"].values()):
-        refuse_ckpt(path, "its weights are no numbers")
-    return given
+    if not all(isinstance(w, Tensor) and w.is_floating_point() for w in source["model"].values()):
+        refuse_ckpt(path, "its weights are not floating-point tensors")
+    return source
 
 
 def refuse_ckpt(path: Path, reason: str) -> NoReturn:
-    raise ImportFailed(f"{path} is no checkpoint of nanoGPT: {reason}")
+    raise UserError(f"{path} is not a nanoGPT checkpoint: {reason}")
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain values. Whatever names something to import, and so to call, fails."""
+    """An unpickler for plain values that imports nothing, so that no code can run."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it holds code ({module}.{name})")
+        raise pickle.UnpicklingError(f"it contains code ({module}.{name})")
 
 
 def read_meta(path: Path) -> list[str]:
-    """The characters of a meta.pkl in the order of their ids."""
+    """The characters of a meta.pkl, in the order of their ids."""
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
     except OSError as error:
-        raise ImportFailed(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever a damaged pickle makes of itself
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is damaged"
-        raise ImportFailed(f"{path} cannot be read as plain values: {reason}") from error
+        raise UserError(f"{path} cannot be read as plain values: {reason}") from error
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if isinstance(itos, dict) and itos.keys() == set(range(len(itos))):
         itos = [itos[id] for id in range(len(itos))]
     if not (isinstance(itos, list) and itos and all(isinstance(c, str) for c in itos)):
-        raise ImportFailed(
-            f"{path} holds no characters (itos, by id): it is no meta.pkl of nanoGPT"
+        raise UserError(
+            f"{path} has no characters (itos, by id): it is not a meta.pkl written by nanoGPT"
         )
     if any(len(c) != 1 for c in itos) or len(set(itos)) != len(itos):
-        raise ImportFailed(f"{path} has tokens that are not one different character each")
+        raise UserError(f"{path} has tokens that are not single, distinct characters")
     return itos
 
 
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under our names, in float32, which holds those of half as many bits exactly."""
+def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under our names, in float32 (exact for float16 and bfloat16 too)."""
     weights = {}
     for key, weight in state.items():
         if MASK.search(key):
@@ -175,30 +169,33 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_shapes(config: GPTConfig, V: int, weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights that are missing, too many, or of another shape than the settings say."""
-    with torch.device("meta"):  # no memory, no random numbers
-        expected = {name: w.shape for name, w in GPT(config, V).state_dict().items()}
+    """Raise if weights are missing, unexpected, or of a different shape than `config` requires."""
+    try:
+        with torch.device("meta"):  # no memory, no random numbers
+            expected = {name: w.shape for name, w in GPT(config, V).state_dict().items()}
+    except (RuntimeError, TypeError):
+        refuse_ckpt(path, "the sizes in its model_args are too large")
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
-            refuse_ckpt(path, f"the weight that is {name} here is missing")
+            refuse_ckpt(path, f"the weight {name} (our name) is missing")
         if name not in expected:
-            refuse_ckpt(path, f"the weight that is {name} here does not fit its model_args")
+            refuse_ckpt(path, f"the weight {name} (our name) does not match its model_args")
         if weights[name].shape != expected[name]:
             refuse_ckpt(
                 path,
-                f"the weight that is {name} here has the shape {tuple(weights[name].shape)}, "
-                f"not {tuple(expected[name])}",
+                f"the weight {name} (our name) has shape {tuple(weights[name].shape)}, "
+                f"expected {tuple(expected[name])}",
             )
 
 
-def corpus_of(dataset: object, meta: Path) -> str:
-    """The text as far as it can be known: beside meta.pkl, where nanoGPT's scripts leave it.
+def guess_corpus(dataset: object, meta: Path) -> str:
+    """The corpus as far as it is known: next to meta.pkl, where nanoGPT's scripts store it.
 
-    Or else a name: that of the same text here, or nanoGPT's own, under which there may be one.
+    Otherwise a name: ours for the same text, or nanoGPT's dataset name.
     """
-    beside = meta.absolute().with_name("input.txt")
-    if beside.is_file():
-        return str(beside)
+    text = meta.absolute().with_name("input.txt")
+    if text.is_file():
+        return str(text)
     if dataset == "shakespeare_char":
         return "tiny-shakespeare"
-    return dataset if isinstance(dataset, str) and dataset else "a text that is not known"
+    return dataset if isinstance(dataset, str) and dataset else "an unknown text"

@@ -1,10 +1,10 @@
-"""A folder for Hugging Face transformers, which load it with no code of ours.
+"""Export to a folder that Hugging Face transformers load without additional code.
 
     AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-Two architectures of theirs compute what ours computes, once weights are renamed and reordered:
-GPT-2 (Radford et al. 2019) with learned positions, GPT-NeoX (Black et al. 2022, arXiv:2204.06745)
-with rotary ones. Whatever neither can hold is refused.
+Two transformers architectures compute the same function once weights are renamed and reordered:
+GPT-2 (Radford et al. 2019) for learned positions and GPT-NeoX (Black et al. 2022, arXiv:2204.06745)
+for rotary positions. Networks that neither can represent are refused.
 """
 
 import json
@@ -24,33 +24,30 @@ import yaml
 from torch import Tensor
 
 import chargpt
+from chargpt.checkpoints import validation_loss
 from chargpt.generation import GenerationConfig
-from chargpt.model import GPT, GPTConfig
+from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import Vocabulary
 
-# The settings that both architectures are told about, or hold in their weights.
+# The settings that both architectures represent, in their configuration or their weights.
 HELD = {"block_size", "n_embd", "n_head", "n_layer", "dropout", "attention_dropout", "position"}
-HELD |= {"norm", "bias", "qkv_bias", "activation", "zero_init", "ngram_dropout"}
-
-
-class ExportError(ValueError):
-    """No architecture of transformers can hold this network."""
+HELD |= {"norm", "bias", "qkv_bias", "activation", "ngram_dropout"}
 
 
 def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, dtype: str) -> None:
-    """Write the network, its vocabulary and what is known of its training into a folder.
+    """Write the network, its vocabulary and a model card to a folder.
 
     Args:
         generator: the network and its vocabulary.
-        checkpoint: where they come from, as it was read; the model card tells what it holds.
-        output: the folder to make. It may exist if it is empty; it comes whole or not at all.
-        dtype: of a page's weights. These are always float32, so that logits are exactly ours;
-            `from_pretrained(folder, dtype="float16")` makes them smaller.
+        checkpoint: the checkpoint they were loaded from, for the model card.
+        output: the folder to create, atomically. It may exist if it is empty.
+        dtype: ignored here; it applies to pages. Weights are float32, so that logits are the same;
+            use `from_pretrained(folder, dtype="float16")` to load smaller ones.
 
     Raises:
-        ExportError: no architecture there can hold the network; the message says what to train.
-        OSError: the folder holds something, is a file, or cannot be written.
+        UserError: no architecture can represent the network, or the folder is not empty.
+        OSError: the folder cannot be written.
     """
     gpt, vocabulary = generator.gpt, generator.vocabulary
     config, weights = architecture(gpt)
@@ -65,7 +62,7 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
             "clean_up_tokenization_spaces": False,
         },
     }
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
@@ -75,17 +72,17 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when all went well and else leaves nothing.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` on success and deleted on failure.
 
     Raises:
-        FileExistsError: `path` is a file, or a folder that holds something.
+        UserError: `path` is a file, or a folder that is not empty.
     """
     if path.is_dir():
         if any(path.iterdir()):
-            raise FileExistsError(f"{path} holds files already; name another folder, or empty it")
+            raise UserError(f"{path} is not empty; use a new or an empty folder")
     elif path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} is a file; name a folder")
+        raise UserError(f"{path} is a file, not a folder; use a new or an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -102,57 +99,56 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def architecture(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the weights of the architecture that computes what `gpt` computes."""
-    ours, V = gpt.config, gpt.token_embedding.num_embeddings
-    if ours.ngrams:
-        raise ExportError(
-            "no architecture in transformers has n-gram tables (ngrams)\n"
+    """The configuration and weights of the transformers architecture equivalent to `gpt`."""
+    config, V = gpt.config, gpt.token_embedding.num_embeddings
+    if config.ngrams:
+        raise UserError(
+            "no transformers architecture has n-gram tables (ngrams)\n"
             "train with --model.ngrams null, or export --to page"
         )
-    if ours.position == "learned" and ours.norm == "plain":
-        raise ExportError(
-            "no architecture in transformers has learned positions and a norm on the embeddings\n"
+    if config.position == "learned" and config.norm == "plain":
+        raise UserError(
+            "no transformers architecture has both learned positions and a norm on the embeddings\n"
             "train with --model.position rotary or --model.norm layer, or export --to page"
         )
-    for field in fields(GPTConfig):  # a setting that has come since must not be lost silently
-        if field.name not in HELD and getattr(ours, field.name) != field.default:
-            raise ExportError(
-                f"no architecture in transformers is known for {field.name} "
-                f"{getattr(ours, field.name)}\ntrain with {field.name} {field.default}"
+    for field in fields(GPTConfig):  # settings added later must not be lost silently
+        if field.name not in HELD and getattr(config, field.name) != field.default:
+            raise UserError(
+                f"cannot export {field.name} {getattr(config, field.name)} to transformers\n"
+                f"train with {field.name} {field.default}, or export --to page"
             )
-    if ours.attention_dropout is None:
-        attention_dropout = ours.dropout
+    if config.attention_dropout is None:
+        attention_dropout = config.dropout
     else:
-        attention_dropout = ours.attention_dropout
+        attention_dropout = config.attention_dropout
     shared = {
         "vocab_size": V,
         "layer_norm_epsilon": gpt.norm.eps,
         "layer_norm_eps": gpt.norm.eps,
         "tie_word_embeddings": False,
-        "bos_token_id": None,  # a character is a token, and there are no others
+        "bos_token_id": None,  # tokens are characters; there are no special tokens
         "eos_token_id": None,
         "dtype": "float32",
         "torch_dtype": "float32",  # its name before transformers 4.56
     }
     weights = {name: weight.detach().float() for name, weight in gpt.state_dict().items()}
-    if ours.position == "learned":
-        return gpt2(ours, weights, shared, attention_dropout)
-    return gpt_neox(ours, weights, shared, attention_dropout)
+    convert = gpt2 if config.position == "learned" else gpt_neox
+    return convert(config, weights, shared, attention_dropout)
 
 
 def gpt2(
-    ours: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
+    config: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """GPT2LMHeadModel, whose linear layers hold their weights transposed ("Conv1D")."""
-    config = {
+    """GPT2LMHeadModel, whose linear layers store transposed weights ("Conv1D")."""
+    document = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_positions": ours.block_size,
-        "n_embd": ours.n_embd,
-        "n_layer": ours.n_layer,
-        "n_head": ours.n_head,
-        "activation_function": ours.activation,
-        "resid_pdrop": ours.dropout,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": config.activation,
+        "resid_pdrop": config.dropout,
         "embd_pdrop": 0.0,
         "attn_pdrop": attention_dropout,
         **shared,
@@ -165,47 +161,47 @@ def gpt2(
         "feed_forward.expansion": "mlp.c_fc",
         "feed_forward.projection": "mlp.c_proj",
     }
-    theirs = {
+    converted = {
         "transformer.wte.weight": weights["token_embedding.weight"],
         "transformer.wpe.weight": weights["position_embedding.weight"],
     }
-    for i in range(ours.n_layer):
-        for name, their_name in names.items():
-            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", ours)
-            theirs[f"transformer.h.{i}.{their_name}.weight"] = (
+    for i in range(config.n_layer):
+        for name, hf_name in names.items():
+            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", config)
+            converted[f"transformer.h.{i}.{hf_name}.weight"] = (
                 weight.T if weight.dim() > 1 else weight
             )
-            theirs[f"transformer.h.{i}.{their_name}.bias"] = bias
-    return config, theirs | head(weights, ours, "transformer.ln_f", "lm_head")
+            converted[f"transformer.h.{i}.{hf_name}.bias"] = bias
+    return document, converted | head(weights, config, "transformer.ln_f", "lm_head")
 
 
 def gpt_neox(
-    ours: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
+    config: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """GPTNeoXForCausalLM, with `rotary_pct` 1 and attention before the feed-forward layers."""
-    with_bias = ours.bias or ours.qkv_bias
+    """GPTNeoXForCausalLM with `rotary_pct` 1 and sequential attention and feed-forward layers."""
+    with_bias = config.bias or config.qkv_bias
     rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
-    config = {
+    document = {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
-        "max_position_embeddings": ours.block_size,
-        "hidden_size": ours.n_embd,
-        "intermediate_size": 4 * ours.n_embd,
-        "num_hidden_layers": ours.n_layer,
-        "num_attention_heads": ours.n_head,
-        "hidden_act": ours.activation,
-        "hidden_dropout": ours.dropout,
+        "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "hidden_act": config.activation,
+        "hidden_dropout": config.dropout,
         "attention_dropout": attention_dropout,
         "attention_bias": with_bias,
         "use_parallel_residual": False,
         "rope_parameters": rotary,
-        "rotary_pct": 1.0,  # the two names before transformers 5
+        "rotary_pct": 1.0,  # this and the next are the names before transformers 5
         "rotary_emb_base": 10_000.0,
         **shared,
     }
     embedding = weights["token_embedding.weight"]
-    if ours.norm == "plain":  # on the embeddings as well, where it depends on the character alone
-        embedding = F.layer_norm(embedding, (ours.n_embd,), eps=shared["layer_norm_eps"])
+    if config.norm == "plain":  # fold the norm on the embeddings into the table
+        embedding = F.layer_norm(embedding, (config.n_embd,), eps=shared["layer_norm_eps"])
     names = {
         "attention_norm": "input_layernorm",
         "attention.projection": "attention.dense",
@@ -214,54 +210,55 @@ def gpt_neox(
         "feed_forward.projection": "mlp.dense_4h_to_h",
         "attention.qkv": "attention.query_key_value",
     }
-    theirs = {"gpt_neox.embed_in.weight": embedding}
-    for i in range(ours.n_layer):
-        for name, their_name in names.items():
-            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", ours)
+    converted = {"gpt_neox.embed_in.weight": embedding}
+    for i in range(config.n_layer):
+        for name, hf_name in names.items():
+            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", config)
             if name == "attention.qkv":
-                weight, bias = by_head(weight, ours), by_head(bias, ours)
-            theirs[f"gpt_neox.layers.{i}.{their_name}.weight"] = weight
+                weight, bias = group_by_head(weight, config), group_by_head(bias, config)
+            converted[f"gpt_neox.layers.{i}.{hf_name}.weight"] = weight
             if with_bias or not name.startswith("attention."):
-                theirs[f"gpt_neox.layers.{i}.{their_name}.bias"] = bias
-    return config, theirs | head(weights, ours, "gpt_neox.final_layer_norm", "embed_out")
+                converted[f"gpt_neox.layers.{i}.{hf_name}.bias"] = bias
+    return document, converted | head(weights, config, "gpt_neox.final_layer_norm", "embed_out")
 
 
-def by_head(rows: Tensor, ours: GPTConfig) -> Tensor:
-    """The rows of query, key and value, (3C, ...), head by head, as GPT-NeoX has them.
+def group_by_head(rows: Tensor, config: GPTConfig) -> Tensor:
+    """Reorder the rows of the qkv matrix, (3C, ...), to GPT-NeoX's order: grouped by head.
 
-    Its rotary positions rotate channel i with channel i + D / 2; ours are neighbors. So the rows
-    of queries and keys become 0, 2, 4, ..., 1, 3, 5, ...: a dot product does not see the order.
+    GPT-NeoX rotates channel i with channel i + D / 2, while we rotate adjacent channels. So the
+    rows of queries and keys become 0, 2, 4, ..., 1, 3, 5, ..., which no dot product depends on.
     """
-    q, k, v = rows.unflatten(0, (3, ours.n_head, ours.head_size)).unbind()  # (H, D, ...) each
+    q, k, v = rows.unflatten(0, (3, config.n_head, config.head_size)).unbind()  # (H, D, ...) each
     q, k = (torch.cat((x[:, 0::2], x[:, 1::2]), dim=1) for x in (q, k))
     return torch.stack((q, k, v), dim=1).flatten(0, 2)
 
 
 def weight_and_bias(
-    weights: dict[str, Tensor], name: str, ours: GPTConfig
+    weights: dict[str, Tensor], name: str, config: GPTConfig
 ) -> tuple[Tensor, Tensor]:
-    """Copies of a layer's weight and bias; a norm without has gains of one, biases are zero."""
-    weight = weights.get(f"{name}.weight", torch.ones(ours.n_embd)).clone()
+    """Copies of a layer's weight and bias; a missing norm gain is ones, a missing bias zeros."""
+    weight = weights.get(f"{name}.weight", torch.ones(config.n_embd)).clone()
     bias = weights.get(f"{name}.bias", torch.zeros(len(weight))).clone()
     return weight, bias
 
 
 def head(
-    weights: dict[str, Tensor], ours: GPTConfig, norm_name: str, head_name: str
+    weights: dict[str, Tensor], config: GPTConfig, norm_name: str, head_name: str
 ) -> dict[str, Tensor]:
-    """The last norm and the head, which has no bias there: W (x + d) = W x + b where W d = b.
+    """The final norm and the head, which has no bias in transformers.
 
-    There is such a d as long as the V rows of W, of C channels each, are independent.
+    The head's bias b is moved to the norm's bias as d with W d = b, so W (x + d) = W x + b. Such
+    a d exists if the V rows of W, with C channels each, are linearly independent.
     """
-    gain, norm_bias = weight_and_bias(weights, "norm", ours)
-    weight, bias = weight_and_bias(weights, "head", ours)
+    gain, norm_bias = weight_and_bias(weights, "norm", config)
+    weight, bias = weight_and_bias(weights, "head", config)
     if bias.any():
         shift = torch.linalg.lstsq(weight.double(), bias.double()[:, None], driver="gelsd").solution
         norm_bias += shift[:, 0]
         if (weight @ shift[:, 0].float() - bias).abs().max() > 1e-5:
-            raise ExportError(
-                f"the bias of the head does not fit into {ours.n_embd} channels for {len(bias)} "
-                "characters, and transformers have no place for it\n"
+            raise UserError(
+                f"the head's bias cannot be exported: n_embd is {config.n_embd}, fewer than the "
+                f"{len(bias)} characters\n"
                 f"train with --model.bias false, or --model.n_embd of {len(bias)} or more"
             )
     return {
@@ -272,9 +269,9 @@ def head(
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The format of weights: the length of a header, the header (JSON), the numbers.
+    """Write a safetensors file: the header's length, the header (JSON), the tensors.
 
-    https://huggingface.co/docs/safetensors: little-endian, without gaps, row by row.
+    Little-endian, row-major, without gaps: https://huggingface.co/docs/safetensors
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -283,20 +280,20 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    text += b" " * (-len(text) % 8)  # align the tensors
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
 
 
-# ---- what surrounds it ----
+# ---- tokenizer, generation settings, model card ----
 
 
 def tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
-    """tokenizer.json of the library `tokenizers`: each character a word, and nothing normalised.
+    """tokenizer.json of the `tokenizers` library: one token per character, no normalization.
 
-    There is no token for unknown characters: one that is not in the vocabulary is an error.
+    There is no unknown token: a character that is not in the vocabulary is an error.
     """
     return {
         "version": "1.0",
@@ -315,28 +312,28 @@ def tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
         "model": {
             "type": "WordLevel",
             "vocab": {character: id for id, character in enumerate(vocabulary.characters)},
-            "unk_token": "[unknown character]",  # which is not in it
+            "unk_token": "[unknown character]",  # required, but not in the vocabulary
         },
     }
 
 
-def generation_config(ours: GPTConfig) -> dict[str, Any]:
-    """Sampling as here. A prompt of half a block still has room: past its positions GPT-2 fails."""
+def generation_config(config: GPTConfig) -> dict[str, Any]:
+    """Our sampling defaults. Half the context is left for the prompt: GPT-2 fails beyond it."""
     return {
         "do_sample": True,
         "temperature": GenerationConfig.temperature,
         "top_k": 0,  # all characters
-        "max_new_tokens": max(1, ours.block_size // 2),
+        "max_new_tokens": max(1, config.block_size // 2),
         "bos_token_id": None,
         "eos_token_id": None,
     }
 
 
 def model_card(generator: TextGenerator, checkpoint: dict[str, Any]) -> str:
-    """README.md of the folder: what was trained on what, how, and how good it is."""
+    """README.md of the folder: the model, its training and its loss."""
     gpt = generator.gpt
-    B, V = gpt.config.block_size, len(generator.vocabulary)
-    corpus, trained = how_it_was_trained(checkpoint)
+    T, V = gpt.config.block_size, len(generator.vocabulary)
+    corpus, training = describe_training(checkpoint)
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
     return f"""\
 ---
@@ -345,11 +342,11 @@ pipeline_tag: text-generation
 tags: [character-level, chargpt]
 ---
 
-# A character-level GPT of {corpus}
+# A character-level GPT trained on {corpus}
 
-A decoder-only transformer that predicts the next character: {parameters:,} parameters, {V}
-characters, at most {B} of context. Exported by chargpt {chargpt.__version__}; transformers load it
-with no further code.
+A decoder-only transformer that predicts the next character: {parameters:,} parameters, a vocabulary
+of {V} characters and a context of {T}. Exported by chargpt {chargpt.__version__}; transformers load
+it without additional code.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -360,27 +357,28 @@ prompt = tokenizer({json.dumps(generator.opening)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt)[0]))
 ```
 
-A token is a character, and there is none that begins or ends a text: a prompt has at least one
-character, and a character that the network has never seen is an error. Prompt and text together
-must not be longer than {B} characters.
+Each token is one character, and there are no special tokens. A prompt needs at least one character,
+and a character that is not in the vocabulary is an error. Prompt and generated text together can
+have at most {T} characters.
 
-{trained}"""
+{training}"""
 
 
-def how_it_was_trained(checkpoint: dict[str, Any]) -> tuple[str, str]:
-    """The name of the corpus, and two sections of the model card, as far as is known."""
+def describe_training(checkpoint: dict[str, Any]) -> tuple[str, str]:
+    """The name of the corpus, and the sections of the model card on training and loss."""
     model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
     name = str(data.get("corpus_name") or data.get("corpus") or "an unknown text")
     path, step = Path(name.replace("\\", "/").removesuffix("/input.txt")), checkpoint["global_step"]
-    corpus = path.name  # no folder of the machine it was trained on
+    corpus = path.name  # without its folder, which is private
     if origin := checkpoint.get("origin"):
         return corpus, f"## Training\n\n{origin}\n"
     linked = {"block_size", "seed", "_instantiator"}
-    places = {"data_dir", "fallback_corpus", "corpus_name"}  # of the machine it was trained on
+    local = {"data_dir", "fallback_corpus", "corpus_name"}  # specific to the training machine
+    local |= {"corpus_digest", "corpus_bytes", "train_characters"}  # found out by `fit`
     settings = {
         "seed_everything": model.get("seed"),
         "model": {name: value for name, value in model.items() if name not in linked},
-        "data": {k: v for k, v in data.items() if k not in (linked - {"block_size"}) | places},
+        "data": {k: v for k, v in data.items() if k not in (linked - {"block_size"}) | local},
     }
     settings["data"]["corpus"] = corpus
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -389,34 +387,29 @@ def how_it_was_trained(checkpoint: dict[str, Any]) -> tuple[str, str]:
         f"""\
 ## Training
 
-{step:,} steps on {corpus}, with these settings in a file `settings.yaml`:
+{step:,} steps on {corpus}, with these settings in `settings.yaml`:
 
     chargpt fit --config settings.yaml --trainer.max_steps {step}
 
 ```yaml
 {text}```
 
-The settings of the trainer (precision, devices, a limit of time) are not in a checkpoint, and
-not here.
+Trainer settings (precision, devices, time limits) are not included.
 
 ## Loss
 
-{loss_of(checkpoint)}
+{describe_loss(checkpoint)}
 """,
     )
 
 
-def loss_of(checkpoint: dict[str, Any]) -> str:
-    """The validation loss of exactly these weights, if they have been validated."""
-    states = (checkpoint.get("callbacks") or {}).values()
-    scores = [s.get("current_score") for s in states if s.get("monitor") == "val_loss"]
-    whole = checkpoint.get("limit_val_batches", 1.0) == 1.0
-    validated = checkpoint.get("validated_step") == checkpoint["global_step"]
-    if not (scores and scores[0] is not None and validated and whole):
+def describe_loss(checkpoint: dict[str, Any]) -> str:
+    """The validation loss of these exact weights, if they have been validated."""
+    loss = validation_loss(checkpoint)
+    if loss is None:
         return "These weights were not validated before they were saved."
-    loss = float(scores[0])
     return f"""\
 Validation loss: **{loss:.4f}** nats per character ({loss / math.log(2):.4f} bits), the mean over
-the whole validation split: every character of it but the first is predicted exactly once, in
-consecutive blocks of block_size characters, without dropout. The split is the share
-`val_fraction` of the text, after the part to train on."""
+the whole validation split: every character but the first is predicted exactly once, in consecutive
+sequences of block_size characters, without dropout. The split is the fraction `val_fraction` of the
+text that follows the training split."""

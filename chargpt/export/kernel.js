@@ -1,21 +1,20 @@
 "use strict";
-// Kernel: the one product that nearly all time goes into, y = x W^T, in WebAssembly with SIMD.
+// The matrix product y = x W^T, which takes nearly all of the time, in WebAssembly with SIMD.
 //
-// Plain JavaScript multiplies one pair of numbers at a time, this four: a text is read six times as
-// fast. The instructions are a page long and assembled here, so that no compiler is needed to build
-// the page and nobody has to trust bytes that cannot be read. Where a browser lacks WebAssembly or
-// forbids it, `multiply` is the same in JavaScript.
+// It multiplies four pairs of numbers at a time, which makes prefill six times as fast as in plain
+// JavaScript. The instructions are assembled here, so that building the page needs no compiler and
+// contains no opaque binary. Where WebAssembly is unavailable, `multiply` does the same in JavaScript.
 //
-//     T  characters at once (rows of x)     O  outputs (rows of W)     I  inputs
+//     T  positions (rows of x)     O  outputs (rows of W)     I  inputs (columns)
 
-// Rows are padded with zeros to a multiple of four, and W has a multiple of four of them.
+// Rows are padded with zeros to a multiple of four columns, and matrices to a multiple of four rows.
 const padded = (n) => (n + 3) & ~3;
 
 function multiply(x, w, y, T, I, O) {
   for (let o = 0; o < O; o += 4) {
     for (let t = 0; t < T; t++) {
       let [w0, w1, w2, w3] = [o * I, (o + 1) * I, (o + 2) * I, (o + 3) * I];
-      let [s0, s1, s2, s3] = [0, 0, 0, 0]; // several sums, which need not wait for each other
+      let [s0, s1, s2, s3] = [0, 0, 0, 0]; // independent sums, for instruction-level parallelism
       for (let i = t * I; i < (t + 1) * I; i++) {
         const value = x[i];
         s0 += value * w[w0++];
@@ -32,7 +31,7 @@ function multiply(x, w, y, T, I, O) {
   }
 }
 
-// The same function as a WebAssembly module: (x, w, y, T, I, O), the first three addresses in bytes.
+// The same function as a WebAssembly module: (x, w, y, T, I, O), the first three as byte addresses.
 function assemble() {
   const leb = (n) => (n < 128 ? [n] : [(n & 127) | 128, ...leb(n >> 7)]);
   const vector = (...items) => [...leb(items.length), ...items.flat(Infinity)];
@@ -105,12 +104,12 @@ function assemble() {
   ]);
 }
 
-// Memory for the weights, and the product on it.
+// The memory of weights and buffers, and the matrix product on it.
 class Kernel {
   constructor(floats, simd = true) {
     const bytes = 4 * floats + 65536;
     try {
-      if (!simd) throw new Error("not wanted");
+      if (!simd) throw new Error("SIMD is disabled");
       const memory = new WebAssembly.Memory({ initial: Math.ceil(bytes / 65536) });
       const module = new WebAssembly.Module(assemble());
       const { exports } = new WebAssembly.Instance(module, { page: { memory } });

@@ -1,15 +1,15 @@
 "use strict";
-// The network and its generation, as in model.py and generation.py: the same names in the same
-// order, and what each is for is said there. One text at a time; no dropout, which is for training.
+// The model and generation, as in chargpt/model and generation.py: the same names in the same order,
+// documented there. One text at a time, without dropout.
 //
-//     T  characters that are read at once     C  channels (n_embd)     D  channels of a head
-//     S  characters that can be attended to   H  attention heads       V  size of the vocabulary
+//     T  positions processed at once     C  channels (n_embd)     D  channels per head
+//     S  positions attended to           H  attention heads       V  vocabulary size
 //
-// Arrays are flat: (T, C) is a Float32Array of T * C numbers, a row for each character.
+// Arrays are flat: (T, C) is a Float32Array of T * C numbers in row-major order.
 
-const CHUNK = 64; // the most characters that are read at once
+const CHUNK = 64; // maximum number of positions processed at once
 
-// ---- model.py ----
+// ---- chargpt/model ----
 
 // erfc with a relative error below 1.2e-7 everywhere (Numerical Recipes, 6.2.2)
 const ERFC = [
@@ -66,7 +66,7 @@ class Linear {
     this.bias = weights[name + ".bias"]?.values;
   }
 
-  // y = x W^T + b, (T, I) to (T, O)
+  // y = x W^T + b, (T, I) -> (T, O)
   forward(x, T) {
     const { rows: O, columns: I, stride, values } = this.weight;
     const { kernel, input, output } = this.weights;
@@ -89,15 +89,15 @@ class Embedding {
     this.weight = weights[name + ".weight"];
   }
 
-  // Add the vector of an index to a row of x.
+  // Add the embedding of `index` to `row`.
   add_to(row, index) {
     const { values, stride } = this.weight;
     for (let c = 0; c < row.length; c++) row[c] += values[index * stride + c];
   }
 }
 
-// Cosine and sine for each pair of channels of positions first ... first + T - 1, (T, D / 2, 2).
-// Rounded where PyTorch rounds: an angle of 1,000 radians has few digits after the point.
+// Cosine and sine of each channel pair for positions first ... first + T - 1, (T, D / 2, 2).
+// Rounded to float32 where PyTorch rounds: an angle of 1,000 radians has few digits after the point.
 function rotary_angles(first, T, D) {
   const angles = new Float32Array(T * D);
   for (let pair = 0; pair < D; pair += 2) {
@@ -111,7 +111,7 @@ function rotary_angles(first, T, D) {
   return angles;
 }
 
-// Rotate all heads of one query or key, (H, D), in place; angles are those of its position, (D).
+// Rotate all heads of one query or key, (H, D), in place by the angles of its position, (D).
 function apply_rotary(x, angles) {
   const D = angles.length;
   for (let i = 0; i < x.length; i += 2) {
@@ -121,23 +121,23 @@ function apply_rotary(x, angles) {
   }
 }
 
-// What attention remembers of a passage of up to block_size characters. Queries and logits are not
-// needed to go on: they are kept for whoever wants to look inside.
+// The keys and values of one context, up to block_size positions. Queries and logits are not needed
+// for generation; they are stored for display.
 class KVCache {
   constructor(gpt) {
     const { n_layer, n_embd: C, block_size } = gpt.config;
-    const places = () => new Float32Array(block_size * C);
-    const layer = () => ({ queries: places(), keys: places(), values: places() });
+    const slots = () => new Float32Array(block_size * C);
+    const layer = () => ({ queries: slots(), keys: slots(), values: slots() });
     this.layers = Array.from({ length: n_layer }, layer);
     this.logits = new Float32Array(block_size * gpt.vocab_size);
     this.length = 0;
-    this.newest_ids = FACTORS.slice(1).fill(0); // as many as the longest n-gram looks back
+    this.newest_ids = FACTORS.slice(1).fill(0); // the context of the longest n-gram
   }
 
-  preceding_ids(ids) {
-    const preceding = this.newest_ids;
-    this.newest_ids = [...preceding, ...ids].slice(-preceding.length);
-    return preceding;
+  append_ids(ids) {
+    const context_ids = this.newest_ids;
+    this.newest_ids = [...context_ids, ...ids].slice(-context_ids.length);
+    return context_ids;
   }
 }
 
@@ -172,7 +172,7 @@ class MultiHeadAttention {
   }
 }
 
-// softmax(q k^T / sqrt(D)) of one head and one position: how much it looks at each of 0 to itself.
+// softmax(q k^T / sqrt(D)) of one head at one position: its weights over positions 0 to itself, (S).
 function attention_weights({ queries, keys }, head, position, C, D) {
   const weights = new Float64Array(position + 1);
   const q = queries.subarray(position * C + head * D, position * C + (head + 1) * D);
@@ -195,7 +195,7 @@ function attention_weights({ queries, keys }, head, position, C, D) {
   return weights;
 }
 
-// The values of one head in proportion to the weights, added to y (D).
+// Add the weighted sum of one head's values to y (D).
 function gather(values, weights, head, C, D, y) {
   const [S, first] = [weights.length, head * D];
   let s = 0;
@@ -248,15 +248,16 @@ const FACTORS = [36313, 27191, 51749, 43987, 60493];
 
 class NgramEmbedding {
   constructor(ngrams, weights, name) {
-    this.ngrams = ngrams; // {"3": 8192}: as JSON holds it, smallest n first, as JavaScript keeps it
+    this.ngrams = ngrams; // {"3": 8192}; JavaScript iterates over integer keys in ascending order
     this.table = new Embedding(weights, name + ".table");
   }
 
-  add_to(row, whole, at) {
+  // Add the embeddings of the n-grams that end at ids[at].
+  add_to(row, ids, at) {
     let first = 0;
     for (const [n, rows] of Object.entries(this.ngrams)) {
       const factors = FACTORS.slice(0, n);
-      const hashed = factors.reduce((sum, factor, i) => sum + factor * whole[at - i], 0);
+      const hashed = factors.reduce((sum, factor, i) => sum + factor * ids[at - i], 0);
       this.table.add_to(row, first + (hashed % rows));
       first += rows;
     }
@@ -276,21 +277,21 @@ class GPT {
     this.head = new Linear(weights, "head");
   }
 
-  // Logits of the next character at every position, (T, V), for up to CHUNK ids.
+  // Logits (T, V) of the next character at each position, for up to CHUNK ids.
   forward(ids, cache) {
     const [T, C, length] = [ids.length, this.config.n_embd, cache.length];
     if (length + T > this.config.block_size) {
       const { block_size } = this.config;
-      throw new Error(`${length + T} positions asked for, but block_size is ${block_size}`);
+      throw new Error(`${length + T} positions requested, but block_size is ${block_size}`);
     }
-    const preceding = cache.preceding_ids(ids);
-    const whole = [...preceding, ...ids];
+    const context_ids = cache.append_ids(ids);
+    const whole = [...context_ids, ...ids];
     let x = new Float32Array(T * C);
     for (let t = 0; t < T; t++) {
       const row = x.subarray(t * C, (t + 1) * C);
       this.token_embedding.add_to(row, ids[t]);
       if (this.position_embedding) this.position_embedding.add_to(row, length + t);
-      if (this.ngram_embedding) this.ngram_embedding.add_to(row, whole, preceding.length + t);
+      if (this.ngram_embedding) this.ngram_embedding.add_to(row, whole, context_ids.length + t);
     }
     x = this.embedding_norm.forward(x, T);
     const rotary = !this.position_embedding;
@@ -305,9 +306,9 @@ class GPT {
   }
 }
 
-// ---- the weights, as page.py writes them ----
+// ---- weights, in the format that page.py writes ----
 
-// base64 to {name: {rows, columns, stride, values}}: float16 or float32, one matrix after the other.
+// base64 -> {name: {rows, columns, stride, values}}; float16 or float32, one matrix after another.
 function read_weights(base64, { dtype, shapes }, simd = true) {
   const text = atob(base64);
   const bytes = new Uint8Array(text.length);
@@ -332,7 +333,7 @@ function read_weights(base64, { dtype, shapes }, simd = true) {
   return weights;
 }
 
-// The value of each of the 65,536 float16 numbers is computed once, then looked up.
+// Convert float16 to float32 with a lookup table of all 65,536 values.
 function half_to_float(buffer) {
   const table = new Float32Array(65536);
   for (let half = 0; half < 65536; half++) {
@@ -347,8 +348,8 @@ function half_to_float(buffer) {
 const [MAX_NAMED, MAX_POSITIONS] = [10, 3];
 
 class Vocabulary {
-  // Code points, since two lone surrogates side by side would become one character of a string;
-  // stand_ins: for a character that is not known, what an old text has in its place.
+  // Code points, since two adjacent lone surrogates would merge into one character in a string;
+  // stand_ins: for characters that older texts lack, what they use instead.
   constructor(code_points, stand_ins) {
     this.characters = code_points.map((code) => String.fromCodePoint(code));
     this.stand_ins = stand_ins;
@@ -367,22 +368,22 @@ class Vocabulary {
   }
 
   describe_unknown(text, positions) {
-    const places = new Map();
+    const unknown = new Map(); // character -> its positions
     for (const position of positions) {
-      if (!places.has(text[position])) places.set(text[position], []);
-      places.get(text[position]).push(position);
+      if (!unknown.has(text[position])) unknown.set(text[position], []);
+      unknown.get(text[position]).push(position);
     }
-    const named = [...places].slice(0, MAX_NAMED).map((entry) => this.describe(...entry));
-    if (places.size > MAX_NAMED) named.push(`and ${grouped(places.size - MAX_NAMED)} other characters`);
+    const named = [...unknown].slice(0, MAX_NAMED).map((entry) => this.describe(...entry));
+    if (unknown.size > MAX_NAMED) named.push(`and ${grouped(unknown.size - MAX_NAMED)} other characters`);
     return (
       `the vocabulary of ${grouped(this.characters.length)} characters has no ` +
       `${named.join("; ")} (positions count from 0)`
     );
   }
 
-  describe(character, places) {
-    let where = "position " + places.slice(0, MAX_POSITIONS).join(", ");
-    if (places.length > MAX_POSITIONS) where += ` and ${grouped(places.length - MAX_POSITIONS)} more`;
+  describe(character, positions) {
+    let where = "position " + positions.slice(0, MAX_POSITIONS).join(", ");
+    if (positions.length > MAX_POSITIONS) where += ` and ${grouped(positions.length - MAX_POSITIONS)} more`;
     const nearest = this.nearest(character).map(repr).join(" or ");
     const hint = nearest && `, nearest known: ${nearest}`;
     const shown = is_combining(character) ? `'${escaped(character)}'` : repr(character);
@@ -405,7 +406,7 @@ const swapcase = (text) =>
 const code_name = (character) =>
   "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 
-// Python's repr and ascii of one character.
+// Python's repr() and ascii() of one character.
 function repr(character) {
   if (character === "'") return `"'"`;
   const printable = character === " " || !/[\p{C}\p{Z}]/u.test(character);
@@ -419,8 +420,8 @@ function escaped(character) {
   return short ?? (code < 0x100 ? digits("x", 2) : code < 0x10000 ? digits("u", 4) : digits("U", 8));
 }
 
-// Normalization sorts combining characters by their class, and moves no others: one of class 240
-// before it or of class 1 behind it changes places with it if it combines.
+// Normalization reorders combining characters by class and leaves others in place. So a combining
+// character swaps with a class 240 character before it or a class 1 character after it.
 function is_combining(character) {
   const [first] = character.normalize("NFD");
   return ["\u0345" + first, first + "\u0334"].some((text) => text.normalize("NFD") !== text);
@@ -428,7 +429,7 @@ function is_combining(character) {
 
 // ---- generation.py ----
 
-// What it finds wrong is said in the words of GenerationConfig.
+// Error messages are those of GenerationConfig.
 function check_settings({ max_new_chars, temperature, top_k, top_p }) {
   if (!(Number.isInteger(max_new_chars) && max_new_chars >= 0))
     throw new Error(`max_new_chars is ${max_new_chars}; it must be a whole number of at least 0`);
@@ -440,7 +441,8 @@ function check_settings({ max_new_chars, temperature, top_k, top_p }) {
     throw new Error(`top_p is ${top_p}; it must be greater than 0 and at most 1`);
 }
 
-// seed is a BigInt: any whole number, of which the lowest 64 bits count.
+// A random number in [0, 1) as a function of its arguments; seed is a BigInt, of which the lowest
+// 64 bits are used.
 function uniform(seed, sample, position) {
   let bits = mix(position);
   for (const word of [sample, BigInt.asUintN(32, seed), BigInt.asUintN(32, seed >> 32n)])
@@ -463,26 +465,26 @@ function softmax(logits) {
   return probabilities.map((probability) => probability / total);
 }
 
-const by_falling = (numbers) =>
+const descending = (numbers) =>
   Array.from(numbers.keys()).sort((a, b) => numbers[b] - numbers[a] || a - b);
 
 const argmax = (numbers) => numbers.reduce((best, n, i) => (n > numbers[best] ? i : best), 0);
 
-// The first part of `sample`: what each id's share is, (V), after temperature, top-k and top-p.
+// The probability of each id, (V), after temperature, top-k and top-p.
 function probabilities_of(logits, { temperature, top_k, top_p }) {
   if (temperature === 0) {
-    const likeliest = argmax(logits);
-    return Float64Array.from(logits, (_, id) => (id === likeliest ? 1 : 0));
+    const best = argmax(logits);
+    return Float64Array.from(logits, (_, id) => (id === best ? 1 : 0));
   }
   const nucleus = top_p !== null && top_p < 1;
-  const likeliest_first = top_k !== null || nucleus ? by_falling(logits) : [];
+  const sorted_ids = top_k !== null || nucleus ? descending(logits) : [];
   const highest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
   const scaled = Float64Array.from(logits, (logit) => (logit - highest) / temperature);
-  if (top_k !== null) for (const id of likeliest_first.slice(top_k)) scaled[id] = -Infinity;
+  if (top_k !== null) for (const id of sorted_ids.slice(top_k)) scaled[id] = -Infinity;
   const probabilities = softmax(scaled);
   if (nucleus) {
     let cumulative = 0;
-    for (const id of likeliest_first) {
+    for (const id of sorted_ids) {
       const probability = probabilities[id];
       cumulative += probability;
       if (cumulative - probability >= top_p) probabilities[id] = 0;
@@ -495,20 +497,20 @@ function sample(logits, config, uniform) {
   if (config.temperature === 0) return argmax(logits);
   let total = 0;
   const cumulative = probabilities_of(logits, config).map((probability) => (total += probability));
-  return cumulative.findIndex((share) => share / total > uniform);
+  return cumulative.findIndex((sum) => sum / total > uniform);
 }
 
 function window_length(length, block_size) {
   if (length <= block_size) return length;
-  const least = (block_size + 1) >> 1;
-  return least + ((length - block_size - 1) % (block_size - least + 1));
+  const min_window = (block_size + 1) >> 1;
+  return min_window + ((length - block_size - 1) % (block_size - min_window + 1));
 }
 
-// Continue a prompt. Yields after each step: what is new, and the passage that was read for it. While
-// a window is read nothing is new, and whoever waits for the next character can do something else.
+// Continue a prompt. Yields after each step the new ids, the cache used and the position of its first
+// character. During prefill it yields without new ids, so that the worker can handle messages.
 function* generate(gpt, prompt, config, which = 0) {
   const { block_size } = gpt.config;
-  const least = window_length(block_size + 1, block_size);
+  const min_window = window_length(block_size + 1, block_size);
   let window = prompt.slice(-window_length(prompt.length, block_size));
   let length = prompt.length;
   let cache = new KVCache(gpt);
@@ -522,14 +524,14 @@ function* generate(gpt, prompt, config, which = 0) {
     window.push(id);
     yield chunk([id]);
     if (window.length > block_size && left > 1) {
-      window = window.slice(-least);
+      window = window.slice(-min_window);
       cache = new KVCache(gpt);
       for (const _ of prefill(gpt, cache, window.slice(0, -1))) yield chunk([]);
     }
   }
 }
 
-// Read what the cache does not hold yet of a passage. Yields after each chunk; others may read on.
+// Process the ids that are not in the cache yet. Yields after each chunk.
 function* prefill(gpt, cache, ids) {
   while (cache.length < ids.length) {
     gpt.forward(ids.slice(cache.length, cache.length + CHUNK), cache);
@@ -537,13 +539,13 @@ function* prefill(gpt, cache, ids) {
   }
 }
 
-// ---- looking inside, as in inspection.py and TextGenerator.score ----
+// ---- inspection, as in inspection.py and TextGenerator.score ----
 
-const PASSAGES_BYTES = 2 ** 28; // of passages that are remembered; others are read again
+const PASSAGES_BYTES = 2 ** 28; // of stored caches; others are recomputed
 
-// A text, and what the network made of it: passages of up to block_size characters, each read with a
-// KVCache of its own. A text that is generated consists of its windows; one that is only read is cut
-// as `score` cuts it, so that its mean is the same.
+// A text with the network's internals: windows of up to block_size characters, each with its own
+// KVCache. A generated text has the windows it was generated with; a scored text is cut as
+// TextGenerator.score cuts it, so that the mean loss is the same.
 class Reading {
   constructor(gpt, ids, generated) {
     const { n_layer, n_embd, block_size } = gpt.config;
@@ -552,7 +554,7 @@ class Reading {
     this.most = Math.max(2, Math.floor(PASSAGES_BYTES / bytes));
   }
 
-  // The first character of those from which the one at `position` is predicted.
+  // The start of the context from which the character at `position` is predicted.
   first_of(position) {
     const { block_size } = this.gpt.config;
     if (this.generated) return position - window_length(position, block_size);
@@ -560,12 +562,12 @@ class Reading {
   }
 
   remember(first, cache) {
-    this.passages.delete(first); // the newest last
+    this.passages.delete(first); // insert it as the most recent
     this.passages.set(first, cache);
     if (this.passages.size > this.most) this.passages.delete(this.passages.keys().next().value);
   }
 
-  // Read on until the character at `position` is predicted; yields after each chunk.
+  // Compute until the character at `position` is predicted; yields after each chunk.
   *reach(position) {
     const first = this.first_of(position);
     const cache = this.passages.get(first) ?? new KVCache(this.gpt);
@@ -579,7 +581,7 @@ class Reading {
     return cache.logits.subarray(row * this.gpt.vocab_size, (row + 1) * this.gpt.vocab_size);
   }
 
-  // Surprise in nats at what stands at positions from ... to - 1, all of one passage.
+  // Losses in nats of the characters at positions from ... to - 1, all in one window.
   losses(cache, from, to) {
     const losses = [];
     for (let position = from; position < to; position++)
@@ -587,7 +589,7 @@ class Reading {
     return losses;
   }
 
-  // How much the character before `position` looked at those before it: of a head, or their mean.
+  // Attention weights of the position before `position`: of one head, or the mean of all heads.
   attention(cache, position, layer, head) {
     const { n_embd: C, n_head } = this.gpt.config;
     const row = position - 1 - this.first_of(position);
@@ -604,10 +606,10 @@ function cross_entropy(logits, id) {
   return Math.log(total) + highest - logits[id];
 }
 
-// ---- the worker: all of this off the page's main thread ----
+// ---- the worker, which runs all of this off the main thread ----
 
-// A message in is a job, and its answers carry its number. A job lets messages in every few
-// milliseconds; a new text ends the job before it.
+// Each incoming message is a job, and its replies carry the job's number. A job yields to incoming
+// messages every few milliseconds; a new text ends the previous job.
 class Server {
   constructor(post) {
     this.post = post;
@@ -635,7 +637,7 @@ class Server {
     this.text_job = job;
     const reading = (this.reading = new Reading(this.gpt, [...prompt], true));
     const report = this.reporter(job);
-    let known = 1; // losses before are known; those of earlier windows than the prompt's are not read
+    let known = 1; // the first position without a loss; windows before the prompt's are not scored
     while (reading.first_of(known) < reading.first_of(prompt.length)) known += 1;
     for (const { ids, cache, first } of generate(this.gpt, prompt, settings)) {
       if (reading.passages.get(first) !== cache) reading.remember(first, cache);
@@ -675,11 +677,11 @@ class Server {
     for (;;) {
       const { value, done } = generator.next();
       if (done) return value;
-      await breath();
+      await yield_to_messages();
     }
   }
 
-  // Collects what is new, and sends it a few times a second: the page draws no faster.
+  // Collect new ids and losses and send them about 30 times a second.
   reporter(job) {
     let [ids, from, losses, sent, started] = [[], null, [], 0, performance.now()];
     const send = () => {
@@ -695,7 +697,7 @@ class Server {
     report.pause = async () => {
       if (performance.now() - sent > 30) {
         send();
-        await breath();
+        await yield_to_messages();
       }
       return this.text_job !== job;
     };
@@ -709,8 +711,8 @@ class Server {
   }
 }
 
-// Let messages in. Not setTimeout, which waits 4 ms when it is called again and again.
-const breath = () =>
+// Let the event loop handle messages. Unlike nested setTimeout calls, this has no 4 ms delay.
+const yield_to_messages = () =>
   new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {

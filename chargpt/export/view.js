@@ -1,12 +1,12 @@
 "use strict";
-// What is seen and clicked. The network is in a worker, so that none of this ever waits for it.
+// The user interface. The network runs in a worker, so the page stays responsive.
 
 const $ = (id) => document.getElementById(id);
 const DATA = JSON.parse($("data").textContent);
 const VOCABULARY = new Vocabulary(DATA.vocabulary, DATA.stand_ins);
 const BARS = 10; // characters shown as bars
-const MOST_BITS = 8; // the surprise at which the color is full
-const MOST_READ = 20_000; // characters of a text to read; what its attention needs is kept in memory
+const MOST_BITS = 8; // the surprise at which the color saturates
+const MOST_READ = 20_000; // maximum length of a text to score; its queries and keys stay in memory
 
 // ---- the worker ----
 
@@ -21,7 +21,7 @@ function ask(type, message = {}) {
 }
 
 worker.onmessage = ({ data }) => answers[data.type](data);
-worker.onerror = (event) => problem(`The network could not be started: ${event.message}`);
+worker.onerror = (event) => problem(`Could not start the network: ${event.message}`);
 
 const answers = {
   loaded() {
@@ -60,13 +60,13 @@ const answers = {
 
 // ---- the text ----
 
-// characters and what stands for each on the page; `written`: by the network, after a prompt
+// the characters and their elements; `written`: generated from a prompt, otherwise scored
 const text = {
   job: 0, characters: [], spans: [], losses: [], line: null, start: 0, written: true, ended: true,
 }; // prettier-ignore
 
 function begin(characters, written) {
-  let_go();
+  clear_selection();
   $("text").replaceChildren();
   Object.assign(text, { characters: [], spans: [], losses: [], line: null, written, ended: false });
   text.start = written ? characters.length : 0;
@@ -89,11 +89,11 @@ function append(characters, prompt = false) {
   $("of").textContent = `of ${grouped(text.characters.length)}`;
 }
 
-// After the last character one can look as well: what would come next?
+// The position after the last character can be selected too, to see what would come next.
 const append_next = () => add_span("next");
 
-// Lines are blocks of their own, so that the browser lays out the newest one only and not all of a
-// long text each time.
+// Each line is a block of its own, so that the browser lays out only the newest line of a long text
+// for each new character.
 function add_span(name) {
   if (!text.line) {
     text.line = document.createElement("div");
@@ -119,18 +119,18 @@ function mean_bits() {
   return known.length ? bits(known.reduce((a, b) => a + b, 0) / known.length) : null;
 }
 
-// Said once when it begins and once when it ends: a screen reader is not to hear every character.
+// Announced once at the start and once at the end, so that a screen reader doesn't read each update.
 function progress(end, seconds) {
   const count = text.characters.length - text.start;
   if (!end) {
-    const what = text.written ? "Writing …" : "Reading …";
-    if ($("status").textContent !== what) $("status").textContent = what;
+    const status = text.written ? "Generating …" : "Scoring …";
+    if ($("status").textContent !== status) $("status").textContent = status;
     return;
   }
   const mean = mean_bits();
   const per_second = seconds > 0.2 ? `, ${grouped(Math.round(count / seconds))} per second` : "";
-  const surprise = mean === null ? "" : ` Surprise: ${mean.toFixed(3)} bits per character on average.`;
-  const done = text.written ? `${grouped(count)} characters written` : `${grouped(count)} characters read`;
+  const surprise = mean === null ? "" : ` Average surprise: ${mean.toFixed(3)} bits per character.`;
+  const done = `${grouped(count)} characters ${text.written ? "generated" : "scored"}`;
   $("status").textContent = `${end} ${done}${per_second}.${surprise}`;
 }
 
@@ -167,7 +167,7 @@ function problem(message, field = null) {
   if (field) $(field).focus();
 }
 
-// Do something with the form; what is wrong with it is said beside it.
+// Run an action on the form and show its error, if any, next to the field.
 function attempt(field, action) {
   try {
     const result = action();
@@ -192,9 +192,9 @@ function write() {
 function score() {
   const ids = attempt("prompt", () => {
     const ids = VOCABULARY.encode($("prompt").value);
-    if (ids.length < 2) throw new Error("a text of fewer than two characters has none to predict");
+    if (ids.length < 2) throw new Error("scoring needs a text of at least two characters");
     if (ids.length > MOST_READ)
-      throw new Error(`the text has ${grouped(ids.length)} characters; here it can have ${grouped(MOST_READ)}`);
+      throw new Error(`the text has ${grouped(ids.length)} characters; the maximum here is ${grouped(MOST_READ)}`);
     return ids;
   });
   if (ids === null) return;
@@ -207,7 +207,7 @@ function set_busy(busy) {
   const starting = ["write", "score", "another"].map($);
   const focused = document.activeElement;
   $("stop").disabled = !busy;
-  // a button that can no longer be pressed hands the focus on, else the keyboard is lost
+  // a button that becomes disabled passes the focus on, otherwise keyboard users lose their place
   if (busy && starting.includes(focused)) $("stop").focus();
   for (const button of starting) button.disabled = busy;
   if (!busy && focused === $("stop")) $(text.written ? "write" : "score").focus();
@@ -218,7 +218,7 @@ async function copy() {
   try {
     await navigator.clipboard.writeText(written);
   } catch {
-    // where a page from the disk has no clipboard: select it, and copy as if with a key
+    // fallback where pages from the disk have no clipboard access: select the text and copy it
     const area = document.createElement("textarea");
     area.value = written;
     document.body.append(area);
@@ -230,9 +230,9 @@ async function copy() {
   $("status").textContent = `Copied ${grouped(text.characters.length)} characters.`;
 }
 
-// ---- looking inside ----
+// ---- inside the network ----
 
-// the character that is looked at, and the logits from which it was drawn
+// the selected character, and the logits from which it was sampled
 const inside = { job: 0, position: null, logits: null, seen: null };
 
 function select(position) {
@@ -252,7 +252,7 @@ function look() {
   inside.job = ask("look", { position, layer: Number($("layer").value), head });
 }
 
-function let_go() {
+function clear_selection() {
   for (const name of ["selected", "from"]) mark(name, null);
   Object.assign(inside, { job: 0, position: null, logits: null, seen: null });
   for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
@@ -266,7 +266,7 @@ function mark(name, position) {
   if (position !== null) text.spans[position].classList.add(name);
 }
 
-// A character as it can be seen: one that is invisible or would join its neighbor has a name.
+// A printable form of a character: invisible and combining ones are shown by name.
 function visible(character) {
   const names = { " ": "space", "\n": "newline", "\t": "tab", "\r": "return" };
   if (character in names) return [names[character], true];
@@ -274,15 +274,15 @@ function visible(character) {
   return hidden ? [code_name(character), true] : [character, false];
 }
 
-const percent = (share) =>
-  share >= 0.0995 ? `${(share * 100).toFixed(0)} %` : share >= 0.001 ? `${(share * 100).toFixed(1)} %`
-    : share > 0 ? "<0.1 %" : "0 %"; // prettier-ignore
+const percent = (p) =>
+  p >= 0.0995 ? `${(p * 100).toFixed(0)} %` : p >= 0.001 ? `${(p * 100).toFixed(1)} %`
+    : p > 0 ? "<0.1 %" : "0 %"; // prettier-ignore
 
 function show_bars() {
   const { logits, seen } = inside;
   const [network, drawn] = [softmax(logits), probabilities_of(logits, settings())];
   const actual = seen < text.characters.length ? VOCABULARY.ids.get(text.characters[seen]) : null;
-  const order = by_falling(logits);
+  const order = descending(logits);
   const shown = order.slice(0, BARS);
   if (actual !== null && !shown.includes(actual)) shown.push(actual);
   const most = Math.max(network[shown[0]], ...shown.map((id) => drawn[id]));
@@ -306,9 +306,9 @@ function bar(id, network, drawn, most, is_actual) {
   track.ariaHidden = "true";
   track.append(element("i", "network", network), element("i", "settings-share", drawn));
   const label = element("bdi", is_code ? "name code" : "name", name);
-  const heard = element("span", "hidden", `, ${percent(network)} by the network${is_actual ? ", in the text" : ""}`);
-  item.append(label, track, element("span", "percent", percent(drawn)), heard);
-  item.title = `the network: ${percent(network)}; with these settings: ${percent(drawn)}`;
+  const details = `, ${percent(network)} before sampling settings${is_actual ? ", the character in the text" : ""}`;
+  item.append(label, track, element("span", "percent", percent(drawn)), element("span", "hidden", details));
+  item.title = `network: ${percent(network)}; with sampling settings: ${percent(drawn)}`;
   return item;
 }
 
@@ -319,11 +319,11 @@ function describe_seen(actual, network, order) {
   shown.textContent = !is_code ? `“${name}”` : name.startsWith("U+") ? name : `a ${name}`;
   const surprise = (-Math.log2(network[actual])).toFixed(2);
   const rank = order.indexOf(actual) + 1;
-  const place = rank === 1 ? "its first guess" : `number ${grouped(rank)} of its guesses`;
-  return ["Here stands ", shown, `. The network gave it ${percent(network[actual])}, ${place}: ${surprise} bits.`];
+  const place = rank === 1 ? "its first guess" : `guess number ${grouped(rank)}`;
+  return ["The text has ", shown, `. Predicted probability: ${percent(network[actual])} (${place}), ${surprise} bits.`];
 }
 
-const shaded = []; // the characters that have a share of attention
+const shaded = []; // the characters with an attention weight
 
 function show_attention(weights, first) {
   for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
@@ -334,16 +334,16 @@ function show_attention(weights, first) {
     shaded.push(span);
   });
   mark("from", inside.seen - 1);
-  const by_weight = by_falling(weights).slice(0, 3);
+  const by_weight = descending(weights).slice(0, 3);
   const named = by_weight.map((i) => {
     const [name, is_code] = visible(text.characters[first + i]);
     return `${is_code ? name : `“${name}”`} (character ${first + i}, ${percent(weights[i])})`;
   });
-  const who = $("head").value === "mean" ? "the heads of this layer" : "this head";
+  const who = $("head").value === "mean" ? "The heads of this layer" : "This head";
   $("looked").textContent =
-    `To guess this character, the network stood on the one before it (dotted), and ${who} looked back from ` +
-    `there at the characters that “Shade by attention” darkens. Most at ${named.join(", ")}. ` +
-    `It could see ${grouped(weights.length)} ${weights.length === 1 ? "character" : "characters"}.`;
+    `The network predicts this character at the position before it (dotted). ${who} attended to the characters ` +
+    `that “Shade by attention” highlights, most to ${named.join(", ")}. The context had ` +
+    `${grouped(weights.length)} ${weights.length === 1 ? "character" : "characters"}.`;
 }
 
 function show_shade() {
@@ -353,8 +353,8 @@ function show_shade() {
   scale.className = `scale ${shade}`;
   $("legend").replaceChildren(
     ...{
-      surprise: ["expected", scale, `surprising (${MOST_BITS} bits and more). Italic: your text.`],
-      attention: ["not looked at", scale, "looked at most. Choose a character to see from where."],
+      surprise: ["expected", scale, `surprising (${MOST_BITS} bits or more). Italic: your prompt.`],
+      attention: ["no attention", scale, "most attention. Select a character to see what it attends to."],
       nothing: [],
     }[shade],
   );
@@ -373,7 +373,7 @@ function on_key(event) {
     End: () => text.characters.length,
   };
   if (event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.key === "Escape") let_go();
+  if (event.key === "Escape") clear_selection();
   else if (event.key in moves && text.characters.length) {
     event.preventDefault();
     select(moves[event.key]());
@@ -381,7 +381,7 @@ function on_key(event) {
   }
 }
 
-// The character above or below: the nearest in the next line that has one.
+// The position of the nearest character in the line above or below.
 function in_line(position, direction) {
   const box = text.spans[position].getBoundingClientRect();
   let [best, distance, line] = [position + direction, Infinity, null];
@@ -401,12 +401,12 @@ function show_figures() {
   const rounded = new Intl.NumberFormat("en-US", { notation: "compact", compactDisplay: "long", maximumFractionDigits: 1 });
   const count = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
   const trained = [
-    corpus && `It was trained on ${corpus}, ${grouped(steps)} steps.`,
-    val_loss !== null && `On text that it had not seen its surprise was ${bits(val_loss).toFixed(2)} bits per character.`,
+    corpus && `Trained on ${corpus} for ${grouped(steps)} steps.`,
+    val_loss !== null && `Validation loss: ${bits(val_loss).toFixed(2)} bits per character.`,
   ];
   $("figures").textContent = [
-    `${rounded.format(parameters)} parameters in ${count(n_layer, "layer")} of ${count(n_head, "head")};`,
-    `it knows ${count(grouped(VOCABULARY.characters.length), "character")} and looks back over at most ${grouped(block_size)}.`,
+    `${rounded.format(parameters)} parameters, ${count(n_layer, "layer")} with ${count(n_head, "head")} each,`,
+    `a vocabulary of ${count(grouped(VOCABULARY.characters.length), "character")}, a context of up to ${grouped(block_size)}.`,
     ...trained.filter(Boolean),
   ].join(" ");
 }
@@ -421,7 +421,7 @@ function fill_choices() {
   const defaults = { max_new_chars, temperature, seed, top_p: top_p ?? 1, top_k: top_k ?? $("top_k").max };
   for (const [id, value] of Object.entries(defaults)) $(id).value = value;
   $("same").textContent =
-    "The same text, seed and settings give the same characters here and in “python -m chargpt predict”.";
+    "The same prompt, seed and settings give the same text here and in “python -m chargpt predict”.";
 }
 
 function start() {
@@ -453,7 +453,7 @@ function start() {
       if (inside.position) look();
     });
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
-  $("how").open = innerWidth > 900; // on a phone, the text is what matters
+  $("how").open = innerWidth > 900; // collapsed on phones, to leave space for the text
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });

@@ -1,6 +1,8 @@
-"""The network: a decoder-only transformer over characters."""
+"""The network: a decoder-only transformer over characters. It imports torch and nothing else."""
 
+from .config import GPTConfig
 from .errors import UserError
-from .gpt import GPT, GPTConfig, KVCache
+from .gpt import GPT
+from .kv_cache import KVCache
 
 __all__ = ["GPT", "GPTConfig", "KVCache", "UserError"]

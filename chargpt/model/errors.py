@@ -2,8 +2,7 @@
 
 
 class UserError(ValueError):
-    """Invalid input, or a file or setting that cannot be used.
+    """Invalid input; its one or two lines say what is wrong, where, and what to do.
 
-    The message says what is wrong, where, and what to do, in one or two lines. The command line
-    prints it without a traceback; every other exception keeps its traceback.
+    The command line prints it without a traceback; every other exception keeps its traceback.
     """

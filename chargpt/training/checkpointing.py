@@ -1,50 +1,322 @@
-"""Checkpointing: files that are whole or absent, and the checkpoint of lowest validation loss."""
+"""The checkpoints of a run, last.ckpt and best.ckpt, and stopping on a signal.
 
+Checkpoints are written only where Lightning's own loop state resumes exactly: after an optimizer
+step with no validation due, after a validation, and at the end of the epoch. The rest is a function
+of the step: which sequences are read (`data/datasets.py`), dropout and the learning rate
+(`training/module.py`).
+"""
+
+import inspect
+import re
+import shutil
+import signal
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from filelock import FileLock, Timeout
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 
-from chargpt.atomic_file import atomic_write
-from chargpt.checkpoints import BEST_NAME, CheckpointError
+from chargpt.checkpoint_file import (
+    check_optimizer_state,
+    check_weights,
+    read_tensors_and_plain_values,
+)
+from chargpt.checkpoints import BEST, FOLDER, LAST, read_checkpoint, write_checkpoint
+from chargpt.model import UserError
+from chargpt.training.optimizers import MuonAdamW
+
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)  # Windows lacks the last two
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically: beside the target, synced, then renamed.
+    """Writes checkpoints atomically, and reads tensors and plain values only.
 
-    Lightning's own moves a file out of the temporary folder, which may end in half a checkpoint.
+    Lightning's own moves a file from the system's temporary folder, which may leave half of it.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        path = Path(path)
-        try:
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
-            raise CheckpointError(
-                f"could not write checkpoint {path.absolute()}: {plain_reason(error)}\n"
-                "checkpoints written before are whole; make room, then go on with --ckpt_path last"
-            ) from error
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        if Path(path).name == ".temp.ckpt":  # weights only: what ddp_fork returns from rank 0
+            return read_tensors_and_plain_values(Path(path))
+        return read_checkpoint(path)
 
 
-def plain_reason(error: BaseException) -> str:
-    """What the operating system said, behind whatever wraps it."""
-    while not isinstance(error, OSError) and (cause := error.__cause__ or error.__context__):
-        error = cause
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+class RunCheckpoint(Checkpoint):
+    """Saves `last.ckpt` and `best.ckpt` of a run, and stops the run when a signal asks to.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only set a flag. All ranks stop after the same optimizer
+    step, or after the validation that is due then, with status 128 plus the signal's number. A
+    second Ctrl-C stops at once, with the checkpoint written before.
+
+    Args:
+        folder: of the run, on rank 0; the other ranks ask rank 0 for it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.is_new = folder is not None and not any(folder.glob("*"))
+        self.lock: FileLock | None = None
+        self.received = 0  # the signal
+        self.received_at = 0.0
+        self.settings: dict[str, Any] = {}  # of the trainer, to be stored in checkpoints
+        self.should_stop = False  # at the end of the optimizer step
+        self.saved_step: int | None = None
+        self.validated_batch: int | None = None  # after which the last validation was
+        self.best_score: float | None = None  # of best.ckpt
+        self.optimizer_states: list[dict[str, Any]] = []  # of the checkpoint resumed from
+
+    def path(self, name: str) -> Path:
+        return Path(self.folder or ".", FOLDER, name)
+
+    # ---- the folder ----
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.folder = trainer.strategy.broadcast(self.folder)
+        keep_order_of_sums(trainer)
+        if trainer.is_global_zero:
+            self.acquire_lock()
+            if self.path(BEST).is_file():
+                self.best_score = read_checkpoint(self.path(BEST))["chargpt"].get("val_loss")
+
+    def acquire_lock(self) -> None:
+        """One process trains in a folder; the system releases the lock of a killed one."""
+        if self.lock or not self.folder:
+            return
+        self.path(LAST).parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        with suppress(OSError):  # a file system without locks
+            try:
+                lock.acquire(timeout=0)
+                self.lock = lock
+            except Timeout:
+                raise UserError(
+                    f"another process is training in {self.folder}\n"
+                    "wait until it has ended, or start a new run, without --ckpt_path"
+                ) from None
+
+    def unlock(self, *_: Any, **__: Any) -> None:
+        if self.lock:
+            self.lock.release()
+            self.lock = None
+
+    on_exception = unlock  # loggers still write to the folder
+
+    def release(self, *_: Any, **__: Any) -> None:
+        """Unlock the folder, and remove it if nothing was saved in it."""
+        self.unlock()
+        if self.is_new and self.folder and not any(self.folder.glob(f"{FOLDER}/**/*.ckpt")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # lightning_logs, unless it contains others
+                self.folder.parent.rmdir()
+
+    teardown = release
+
+    # ---- stopping ----
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # Lightning notes a SIGTERM that arrives during setup, and restores the handlers at the end.
+        self.received = signal.SIGTERM if trainer.received_sigterm else 0
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        # A second Ctrl-C; but torchrun passes on one that this process has already received.
+        if self.received and signum == signal.SIGINT and now - self.received_at > 1:
+            raise KeyboardInterrupt
+        self.received, self.received_at = signum, now
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        # Lightning validates before it stops. A time limit waits for the end of an accumulation.
+        self.should_stop |= trainer.should_stop or trainer.global_step == trainer.max_steps
+        batches = trainer.fit_loop.batch_idx + 1
+        trainer.should_stop = self.should_stop and batches % trainer.accumulate_grad_batches == 0
+        signum = self.agreed_signal(trainer)
+        if signum and self.is_resumable(trainer):
+            self.save_last(trainer)
+            self.stop(trainer, signum)
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.validated_batch = trainer.fit_loop.total_batch_idx
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        val_loss = trainer.callback_metrics["val_loss"].item()
+        better = self.best_score is None or val_loss < self.best_score
+        if trainer.strategy.broadcast(better):
+            trainer.save_checkpoint(self.path(BEST))
+            self.best_score = val_loss
+        self.save_last(trainer)
+        if signum := self.agreed_signal(trainer):
+            self.stop(trainer, signum)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # Not in on_train_end, where weight averaging has already replaced the weights.
+        if self.saved_step != trainer.global_step:
+            self.save_last(trainer)
+
+    def agreed_signal(self, trainer: Trainer) -> int:
+        """The signal that any rank has received: all must stop at the same step."""
+        if trainer.world_size == 1:
+            return self.received
+        signum = torch.tensor(self.received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(signum, reduce_op="max"))
+
+    def stop(self, trainer: Trainer, signum: int) -> NoReturn:
+        if trainer.is_global_zero:
+            print(
+                f"\nstopped after step {trainer.global_step}; saved {self.path(LAST)}\n"
+                "to resume, repeat the command with --ckpt_path last"
+            )
+        raise SystemExit(128 + signum)
+
+    def save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path(LAST))
+        self.saved_step = trainer.global_step
+
+    # ---- the contents of a checkpoint, and resuming from one ----
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        validated = self.validated_batch == trainer.fit_loop.total_batch_idx
+        val_loss = trainer.callback_metrics.get("val_loss") if validated else None
+        checkpoint["chargpt"] = dict(
+            resumable=self.is_resumable(trainer),
+            val_loss=None if val_loss is None else val_loss.item(),
+            trainer=self.settings,
+            sequences_per_step=sequences_per_step(trainer),
+        )
+
+    def is_resumable(self, trainer: Trainer) -> bool:
+        """Whether Lightning would resume exactly from a checkpoint written now.
+
+        It does after an optimizer step, unless the validation that is due then is still to come.
+        """
+        batches = trainer.fit_loop.total_batch_idx + 1
+        stepped = batches == trainer.global_step * trainer.accumulate_grad_batches
+        validated = self.validated_batch == batches - 1
+        return stepped and (validated or not validation_due(trainer))
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != "fit":
+            checkpoint.pop("loops", None)  # an evaluation starts at its first batch
+            return
+        check_resumable(trainer, checkpoint)
+        check_weights(checkpoint.get("current_model_state") or {}, "the checkpoint")
+        self.optimizer_states = checkpoint["optimizer_states"]
+        self.saved_step = checkpoint["global_step"]
+        adapt_callback_states(trainer, checkpoint)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Lightning has made the optimizers, and restores their state next."""
+        if self.optimizer_states and len(self.optimizer_states) != len(trainer.optimizers):
+            raise UserError("the checkpoint has the state of other optimizers; train a new model")
+        for optimizer, state in zip(trainer.optimizers, self.optimizer_states):
+            if isinstance(optimizer, (torch.optim.AdamW, MuonAdamW)):
+                check_optimizer_state(state, [group["params"] for group in optimizer.param_groups])
+        self.optimizer_states = []
 
 
-def best_checkpoint_callback(folder: Path | None = None) -> ModelCheckpoint:
-    """Keeps the checkpoint of lowest validation loss; in the trainer's folder unless given."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename=BEST_NAME,
-        monitor="val_loss",
-        save_top_k=1,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,  # a validation repeated after a kill writes the same file
+def validation_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates after this batch; true for some batches of an epoch too many."""
+    counts = (trainer.fit_loop.batch_idx + 1, trainer.fit_loop.total_batch_idx + 1)
+    interval = trainer.val_check_batch or 1
+    return trainer.enable_validation and (
+        trainer.should_stop or any(count % interval == 0 for count in counts)
     )
+
+
+def sequences_per_step(trainer: Trainer) -> int:
+    """Sequences of one optimizer step, on all devices."""
+    per_device = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
+    return per_device * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint that this Trainer would not resume exactly.
+
+    Raises:
+        UserError: why.
+    """
+    has_state = checkpoint.get("optimizer_states") and "fit_loop" in checkpoint.get("loops", ())
+    if not (has_state and checkpoint["chargpt"].get("resumable")):
+        raise UserError(
+            "the checkpoint cannot be resumed exactly: it was written just before a validation "
+            "or within an accumulation, or has no optimizer state\nresume from a last.ckpt"
+        )
+    known = {callback.state_key for callback in trainer.callbacks} | {Timer.__qualname__}  # type: ignore[attr-defined]
+    missing = [
+        str(key).partition("{")[0] for key in checkpoint.get("callbacks", {}) if key not in known
+    ]
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if "current_model_state" in checkpoint and not averages:
+        missing.append("WeightAveraging")
+    if missing:
+        raise UserError(
+            f"the run was started with the callback {missing[0]}, which this command lacks\n"
+            "repeat the command that started the run, with --ckpt_path last"
+        )
+
+
+def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Restore what callbacks have counted, but neither their settings nor paths elsewhere.
+
+    Settings come from the command. Paths become file names in the folder of this run, which may
+    have been moved.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if not isinstance(state, dict):
+            continue
+        for name in inspect.signature(type(callback)).parameters:
+            if name in state and hasattr(callback, name):
+                state[name] = getattr(callback, name)
+        if isinstance(callback, ModelCheckpoint):
+            localize_paths(state, str(callback.dirpath))
+
+
+def localize_paths(state: dict[str, Any], folder: str) -> None:
+    """Replace the paths in a ModelCheckpoint's state by files of the same name in its folder."""
+
+    def local(path: Any) -> str:
+        return str(Path(folder, re.split(r"[\\/]", str(path))[-1])) if path else ""
+
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = local(state.get(name))
+    best_k_models = state.get("best_k_models") or {}
+    state["best_k_models"] = {local(path): score for path, score in best_k_models.items()}
+    state["dirpath"] = folder
+
+
+def keep_order_of_sums(trainer: Trainer) -> None:
+    """Make DistributedDataParallel add the gradients of three or more ranks in a fixed order.
+
+    It moves them to other buckets after its first step, on which the rounding of a sum of three
+    depends, unless it looks for unused parameters: a resumed run would end with other bits.
+    Lightning takes that setting when a strategy is created, before the number of ranks is known.
+    """
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 2:
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)

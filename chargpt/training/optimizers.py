@@ -1,4 +1,4 @@
-"""Optimizers: Muon and AdamW, and the learning rate schedule."""
+"""Optimizers (AdamW, Muon) and learning rate schedules; the tables below take further ones."""
 
 import math
 from collections.abc import Callable
@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each iteration the odd polynomial of
-# degree five that brings singular values in the range left by the iterations before closest to 1.
+# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step the odd
+# polynomial of degree five that brings singular values closest to 1, given the range that the
+# steps before it leave.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -19,60 +21,41 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Orthogonalize matrices by a Newton-Schulz iteration: every singular value comes close to 1.
+def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
+    """Orthogonalize matrices (..., rows, columns) by a Newton-Schulz iteration.
 
-    Their singular vectors stay. It is made of matrix products alone, so it is fast where they are.
-    In bfloat16 on GPUs; in float32 elsewhere, since a processor without bfloat16 crawls in it.
-
-    Args:
-        matrices: (..., rows, columns).
-        iterations: at most len(POLAR_EXPRESS); more come closer to 1.
+    Every singular value becomes close to 1, closer with more steps (at most len(POLAR_EXPRESS));
+    singular vectors stay. It consists of matrix products only, which are fast: on CUDA in bfloat16,
+    elsewhere in float32, since CPUs without bfloat16 instructions are very slow in it.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if tall := x.size(-2) > x.size(-1):
-        x = x.mT  # the products below are then of the smaller side
+        x = x.mT  # so that the products below are of the smaller side
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:iterations]:
+    for a, b, c in POLAR_EXPRESS[:ns_steps]:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the parameter groups that say `muon: True`, AdamW for all others, in one optimizer.
+class MuonAdamW(Optimizer):
+    """Muon for the parameter groups with `muon: True`, AdamW for all others, in one optimizer.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps by the momentum
-    with its singular values set to 1: every direction of a matrix moves by the same amount, the
-    rare ones too. AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) divides a running mean of
-    the gradients by the root of a running mean of their squares, for each weight alone.
-
-    Args:
-        groups: parameter groups. Of each: `lr` and `weight_decay` (decoupled); for Muon
-            `momentum`, `iterations` and `parts`, the number of matrices that stand one above the
-            other in each parameter (3 where query, key and value are fused); for AdamW `betas` and
-            `eps`.
+    with its singular values set to 1: every direction of a matrix moves by the same amount, rare
+    ones too. Parameters hold `stacked` matrices, one below the other (3 for query, key and value),
+    and more if they have leading dimensions. AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)
+    divides the running mean of a weight's gradients by the root of that of their squares.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        defaults = dict(
-            lr=1e-3,
-            weight_decay=0.0,
-            muon=False,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            momentum=0.95,
-            iterations=4,
-            parts=1,
-        )
-        super().__init__(groups, defaults)
+        adamw = dict(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        super().__init__(groups, adamw | dict(muon=False, momentum=0.95, ns_steps=4, stacked=1))
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
@@ -80,118 +63,94 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """The state of that name of each parameter, at first zeros; a step counter is a scalar."""
         for p in parameters:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p)
+                scalar = torch.zeros((), device=p.device)
+                self.state[p][name] = scalar if name == "step" else torch.zeros_like(p)
         return [self.state[p][name] for p in parameters]
 
-    def muon(self, group: dict, parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters]
-        momenta = self.buffers(parameters, "momentum")
+    def muon(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        gradients, momenta = [p.grad for p in parameters], self.buffers(parameters, "momentum")
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(
-            gradients, momenta, group["momentum"]
-        )  # Nesterov's look ahead
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov momentum
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for shape in dict.fromkeys(p.shape for p in parameters):  # a batch for each shape
+            members = [i for i, p in enumerate(parameters) if p.shape == shape]
+            rows, columns = shape[-2] // group["stacked"], shape[-1]
+            matrices = torch.stack([updates[i] for i in members]).view(-1, rows, columns)
+            matrices = orthogonalize(matrices, group["ns_steps"]).reshape(len(members), *shape)
+            lr = group["lr"] * max(1, rows / columns) ** 0.5  # keeps the size of changes of outputs
+            torch._foreach_add_([parameters[i] for i in members], matrices.unbind(), alpha=-lr)
 
-        by_shape: dict[torch.Size, list[int]] = {}  # matrices of one shape go through together
-        for i, p in enumerate(parameters):
-            by_shape.setdefault(p.shape, []).append(i)
-        for (rows, columns), members in by_shape.items():
-            rows //= group["parts"]
-            stack = torch.stack([updates[i] for i in members]).view(-1, rows, columns)
-            stack = orthogonalize(stack, group["iterations"]).reshape(len(members), -1, columns)
-            scale = max(1, rows / columns) ** 0.5  # keeps the size of the outputs' change
-            torch._foreach_add_(
-                [parameters[i] for i in members], list(stack.unbind()), alpha=-group["lr"] * scale
-            )
-
-    def adamw(self, group: dict, parameters: list[Tensor]) -> None:
-        for p in parameters:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
+    def adamw(self, group: dict[str, Any], parameters: list[Any]) -> None:
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
             [p.grad for p in parameters],
             self.buffers(parameters, "mean"),
             self.buffers(parameters, "square"),
-            [],
-            [self.state[p]["step"] for p in parameters],
+            [],  # maxima, for amsgrad
+            self.buffers(parameters, "step"),
             fused=parameters[0].device.type in ("cpu", "cuda"),
-            amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+            amsgrad=False,
             maximize=False,
         )
 
 
-# ---- which optimizer takes which parameter ----
+def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, Any]]:
+    """Two parameter groups for AdamW: matrices, which are decayed, and vectors, which are not.
 
-# The matrices of a block that Muon takes, and how many stand one above the other in each.
-MUON_MATRICES = {
-    "attention.qkv.weight": 3,  # query, key and value
-    "attention.projection.weight": 1,
-    "feed_forward.expansion.weight": 1,
-    "feed_forward.projection.weight": 1,
-}
-
-
-def make_optimizer(
-    parameters: list[nn.Parameter],
-    blocks: nn.ModuleList,
-    adamw: dict[str, Any],
-    weight_decay: float,
-    muon: dict[str, Any] | None,
-    fused: bool,
-) -> torch.optim.Optimizer:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Vectors (biases, gains of norms) are not decayed: they do not multiply with each other, and
-    drawing them to zero would only take away what the norms set.
-
-    Args:
-        parameters: all that learn.
-        blocks: those of the network.
-        adamw: AdamW's learning rate, betas and eps.
-        weight_decay: AdamW's, on embeddings and matrices.
-        muon: Muon's lr, weight_decay, momentum and iterations; None leaves all to AdamW.
-        fused: whether AdamW may use its fused kernel.
-
-    Raises:
-        ValueError: a block has a matrix of which MUON_MATRICES does not say how to take it.
+    Vectors are biases and gains of norms: a gain that decays to zero would remove its channel.
     """
-    decayed = [p for p in parameters if p.dim() > 1]
-    vectors = dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)
-    if muon is None:
-        groups = [dict(params=decayed, weight_decay=weight_decay), vectors]
-        return torch.optim.AdamW(groups, fused=fused, **adamw)
-    hidden: dict[int, list[Tensor]] = {}  # by the number of matrices in each
-    for block in blocks:
-        for name, parameter in block.named_parameters():
-            if parameter.dim() > 1:
-                if name not in MUON_MATRICES:
-                    raise ValueError(
-                        f"Muon has no rule for the weight {name} of a block\n"
-                        "add it to MUON_MATRICES in training/optimizers.py, or leave out muon_lr"
-                    )
-                hidden.setdefault(MUON_MATRICES[name], []).append(parameter)
-    taken = {id(p) for matrices in hidden.values() for p in matrices}
-    rest = dict(params=[p for p in decayed if id(p) not in taken], weight_decay=weight_decay)
-    groups = [rest | adamw, vectors | adamw]
-    for parts, matrices in sorted(hidden.items()):
-        groups.append(dict(params=matrices, muon=True, parts=parts, **muon))
+    betas = (config.beta1, config.beta2)
+    adamw = dict(lr=config.lr, initial_lr=config.lr, betas=betas, eps=config.eps)
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return [
+        dict(params=matrices, weight_decay=config.weight_decay, **adamw),
+        dict(params=vectors, weight_decay=0.0, **adamw),
+    ]
+
+
+def make_adamw(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) -> Optimizer:
+    """AdamW for all parameters."""
+    return torch.optim.AdamW(adamw_groups(list(module.parameters()), config), fused=fused)
+
+
+def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) -> Optimizer:
+    """Muon for the matrices of the blocks, AdamW for embeddings, heads and vectors."""
+    hidden: dict[nn.Parameter, int] = {}  # how many matrices each parameter stacks
+    for part in blocks.modules():
+        for p in part.parameters(recurse=False):
+            if p.dim() > 1:
+                hidden.setdefault(p, getattr(part, "stacked", 1))
+    groups = adamw_groups([p for p in module.parameters() if p not in hidden], config)
+    muon = dict(
+        muon=True,
+        lr=config.muon_lr,
+        initial_lr=config.muon_lr,
+        weight_decay=config.muon_weight_decay,
+        momentum=config.muon_momentum,
+        ns_steps=config.muon_iterations,
+    )
+    for stacked in sorted(set(hidden.values())):
+        matrices = [p for p in hidden if hidden[p] == stacked]
+        groups.append(dict(params=matrices, stacked=stacked, **muon))
     return MuonAdamW(groups)
 
 
-# ---- the learning rate over a run ----
+# Each takes the module whose parameters learn, the blocks of its network, the TrainingConfig, and
+# whether a fused kernel may be used. A group's `initial_lr` is its peak learning rate.
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": make_muon}
 
-# Share of the highest learning rate when `progress`, 0 to 1, of the run is over.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
+# The fraction of the peak learning rate as a function of the optimizer steps so far, the fraction
+# of the run that is over, in [0, 1], and the run's number of steps (None if only time limits it).
+SCHEDULES: dict[str, Callable[[int, float, int | None], float]] = {
+    "constant": lambda step, progress, total_steps: 1.0,
+    "cosine": lambda step, progress, total_steps: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda step, progress, total_steps: 1 - progress,
 }

@@ -1,37 +1,134 @@
-"""Trainer: Lightning's, with limits that keep the type they are typed in."""
+"""make_trainer: Lightning's Trainer with our defaults, checkpoints and callbacks."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from chargpt.checkpoints import FOLDER, LOGS, new_run
+from chargpt.model import UserError
+from chargpt.training.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from chargpt.training.display import RunReport, StepProgressBar, Throughput
+
+TRAINER_DEFAULTS: dict[str, Any] = dict(
+    max_steps=5000,
+    val_check_interval=250,
+    accumulate_grad_batches=1,
+    check_val_every_n_epoch=None,  # one endless epoch: everything is counted in steps
+    num_sanity_val_steps=0,
+    use_distributed_sampler=False,  # batches are already split between ranks, without padding
+    enable_model_summary=False,  # `RunReport` prints more
+)
+
+COUNTS = ("max_steps", "val_check_interval", "accumulate_grad_batches")
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+# The settings that define a run travel in its checkpoints: `fit --ckpt_path last` needs no others.
+OTHERS = ("max_epochs", "max_time", "gradient_clip_val", "precision", "log_every_n_steps")
+RUN_SETTINGS = (*COUNTS, *LIMITS, *OTHERS)
 
 
-class TypedTrainer(Trainer):
-    """Lightning's Trainer, where `--trainer.limit_val_batches 1` is one batch and `1.0` all.
+def make_trainer(
+    *,
+    callbacks: list[Callback] | Callback | None = None,
+    logger: Logger | Iterable[Logger] | bool | None = None,
+    plugins: Any = None,
+    default_root_dir: str | Path | None = None,
+    limit_train_batches: int | float | None = None,  # Lightning's Optional[Union] parses 1 as 1.0
+    limit_val_batches: int | float | None = None,
+    limit_test_batches: int | float | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A Trainer that saves, resumes and displays a run as `python -m chargpt fit` does.
 
-    Lightning declares a limit as Optional[Union[int, float]], which Python's cache of types takes
-    for Optional[Union[float, int]] where some library has asked for that first, and then 1 is
-    parsed as 1.0. What is declared with | is no matter of who came first.
+    It takes the arguments of `lightning.Trainer`, but `val_check_interval` counts optimizer steps.
 
     Args:
-        limit_train_batches: Batches of an epoch to train on. The text is read without end, so an
-            epoch goes on where the one before it has stopped.
-        limit_val_batches: Batches to validate on: 1 is one, 0.5 half of them, 1.0 all.
+        callbacks: Further callbacks. A `RunCheckpoint` among them chooses the folder of the run.
+        logger: Loggers; by default TensorBoard's, in the folder of the run.
+        plugins: Plugins of Lightning, such as a cluster environment.
+        default_root_dir: The folder of lightning_logs; by default the current one.
+        limit_train_batches: Batches of an epoch; the next one continues where it ends.
+        limit_val_batches: Batches to validate on: 1 is one batch, 0.5 half of them, 1.0 all.
         limit_test_batches: Batches to test on, in the same way.
+        settings: Further arguments of `lightning.Trainer`.
     """
+    limits = dict(zip(LIMITS, (limit_train_batches, limit_val_batches, limit_test_batches)))
+    settings = TRAINER_DEFAULTS | settings | limits
+    seconds = seconds_of(settings.get("max_time"))
+    check_limits(settings | {"max_time": seconds})
+    callbacks, plugins, root = as_list(callbacks), as_list(plugins), Path(default_root_dir or ".")
+    barebones, saves = settings.get("barebones"), settings.get("enable_checkpointing") is not False
 
-    def __init__(
-        self,
-        *,
-        limit_train_batches: int | float | None = None,
-        limit_val_batches: int | float | None = None,
-        limit_test_batches: int | float | None = None,
-        **settings: Any,
-    ) -> None:
-        if limit_train_batches is not None:  # a new loader begins at the step that comes next
-            settings["reload_dataloaders_every_n_epochs"] = 1
-        super().__init__(
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            **settings,
-        )
+    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
+    if run is None and saves and not barebones and not settings.get("fast_dev_run"):
+        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
+        callbacks.append(run)
+    if run:
+        run.settings = {name: settings.get(name) for name in RUN_SETTINGS}
+        run.settings["max_time"] = None if seconds is None else round(seconds)
+
+    if SLURMEnvironment.detect():  # Lightning would resume from any hpc_ckpt_N.ckpt in the root
+        root = root / LOGS
+    if run and run.folder:
+        root = run.folder
+        keep_names_apart(callbacks, root / FOLDER)
+        if logger in (None, True):
+            logger = TensorBoardLogger(root.parent, "", root.name, default_hp_metric=False)
+
+    if not barebones:
+        callbacks += [RunReport(run), Throughput()]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if settings.get("enable_progress_bar") is not False and not has_bar:
+            callbacks.append(StepProgressBar())
+    if SLURMEnvironment.detect() and not any(isinstance(p, SLURMEnvironment) for p in plugins):
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoint handles its signals
+    plugins.append(AtomicCheckpointIO())
+
+    if limit_train_batches is not None:  # a new loader starts at the next step
+        settings["reload_dataloaders_every_n_epochs"] = 1
+    settings["val_check_interval"] *= settings["accumulate_grad_batches"]  # Lightning's are batches
+    settings |= dict(callbacks=callbacks, logger=logger, plugins=plugins, default_root_dir=root)
+    return Trainer(**settings)
+
+
+def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
+    """Users' ModelCheckpoints write beside ours, but never to last.ckpt or best.ckpt."""
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            same_names = callback.save_last or callback.filename in ("last", "best")
+            callback.dirpath = str(folder / "own" if same_names else folder)
+
+
+def as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def seconds_of(max_time: Any) -> float | None:
+    """The seconds of a time limit: None, a timedelta, its arguments, or a string DD:HH:MM:SS."""
+    try:
+        return Timer(max_time).time_remaining()
+    except (TypeError, OverflowError, MisconfigurationException) as error:
+        raise UserError(
+            f"trainer.max_time {max_time} is not a duration\n"
+            "write DD:HH:MM:SS, or a mapping such as {minutes: 20, seconds: 30}"
+        ) from error
+
+
+def check_limits(settings: dict[str, Any]) -> None:
+    """Refuse limits that leave nothing to do, and what is not supported here."""
+    if type(settings["val_check_interval"]) is not int:
+        raise UserError("trainer.val_check_interval must be a number of steps")
+    for name in (*COUNTS, "max_time", "limit_train_batches", "check_val_every_n_epoch"):
+        value = settings[name]
+        if value is not None and value <= 0 and (name, value) != ("max_steps", -1):
+            raise UserError(f"trainer.{name} is {value}; it must be at least 1")
+    if "spawn" in str(settings.get("strategy")):
+        raise UserError("strategy ddp_spawn is not supported; use ddp, which also starts processes")
+    if 0 < settings["max_steps"] < (settings.get("min_steps") or 0):
+        raise UserError("trainer.min_steps is above trainer.max_steps")

@@ -1,23 +1,23 @@
-"""How far a network is from what can be known of a text: frozen, with more context, and adapting.
+"""A network's loss with fixed weights, with more context, and adapting, compared with compressors.
 
     python tests/benchmarks/distance.py                                  # newest run's best checkpoint
     python tests/benchmarks/distance.py --ckpt_path path/to.ckpt --context 256
 
-Figures for the validation split, in nats per character, each of them once:
+Losses of the validation split in nats per character, each character predicted once:
 
-    frozen    as `validate` gives it: consecutive sequences of block_size. This is *the* loss.
-    sliding   frozen too, but each character sees at least context - piece characters before it.
-    adapting  the same, and the network goes on learning: after each piece was scored, Adam takes a step
-              on the newest `context` characters (dynamic evaluation: Krause et al. 2017,
-              arXiv:1709.07432; 2019, arXiv:1904.08378). Whoever compresses a text may do that, and
-              zpaq does.
-    zpaq, 7z  where these programs are installed: the bytes that the validation part adds to the
-              training part, as nats per character.
+    frozen    fixed weights, consecutive sequences of block_size, as in `validate`. This is the loss
+              that is reported everywhere else.
+    sliding   fixed weights, but each character has at least context - piece characters of context.
+    adapting  as sliding, but after each scored piece Adam takes a step on the newest `context`
+              characters (dynamic evaluation: Krause et al. 2017, arXiv:1709.07432; 2019,
+              arXiv:1904.08378). Compressors such as zpaq adapt too.
+    zpaq, 7z  if installed: the bytes that the validation split adds to the compressed training split.
 
-Sliding and adapting have a second figure: mixed with a neural cache (Grave et al. 2016,
-arXiv:1612.04426), which remembers what followed features like these in what was scored before.
+Sliding and adapting have a second figure, mixed with a neural cache (Grave et al. 2016,
+arXiv:1612.04426), which predicts the characters that followed similar hidden states earlier.
 
-The settings were chosen on this very split, so the figures of adapting and cache flatter a little.
+The settings were chosen on the same split, so the figures for adapting and cache are slightly
+optimistic.
 """
 
 import argparse
@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.checkpoints import network_of, read_checkpoint, resolve_checkpoint
-from chargpt.data import CharDataModule
-from chargpt.data.blocks import EvaluationBlocks
+from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
+from chargpt.data import CharDataModule, TrainedText
+from chargpt.data.datasets import EvaluationSequences
 from chargpt.model import GPT
 from chargpt.vocabulary import Vocabulary
 
-COMPRESSORS = {  # command to pack a file into an archive
+COMPRESSORS = {  # commands that compress a file to an archive
     "zpaq": ["zpaq", "add", "{archive}", "{file}", "-m5"],
     "7z": ["7z", "a", "-m0=PPMd:o=6:mem=256m", "{archive}", "{file}"],
 }
@@ -48,7 +48,7 @@ COMPRESSORS = {  # command to pack a file into an archive
 @torch.no_grad()
 def frozen(gpt: GPT, tokens: Tensor) -> float:
     total, T = 0.0, gpt.config.block_size
-    for batch in EvaluationBlocks(tokens.numpy(), T, batch_size=16):
+    for batch in EvaluationSequences(tokens.numpy(), T, batch_size=16):
         logits = gpt(batch[:, :-1])
         total += F.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
@@ -57,38 +57,37 @@ def frozen(gpt: GPT, tokens: Tensor) -> float:
 
 
 class NeuralCache:
-    """Neural cache: what followed features like these, by their cosine.
+    """Predicts the characters that followed hidden states with a similar direction.
 
     Args:
-        n: characters that it can remember.
-        channels: of the features.
-        share: of its probabilities in the mixture with the network's.
-        sharpness: the larger, the more alike features must be to count.
+        n: maximum number of characters to store.
+        channels: size of the hidden states.
+        weight: of the cache's probabilities in the mixture with the network's.
+        sharpness: inverse temperature of the softmax over cosine similarities.
     """
 
-    def __init__(self, n: int, channels: int, share: float, sharpness: float) -> None:
-        self.share, self.sharpness = share, sharpness
-        self.features = torch.empty(n, channels)
-        self.followers = torch.empty(n, dtype=torch.long)
-        self.n = 0  # remembered so far
+    def __init__(self, n: int, channels: int, weight: float, sharpness: float) -> None:
+        self.weight, self.sharpness = weight, sharpness
+        self.hidden = torch.empty(n, channels)
+        self.targets = torch.empty(n, dtype=torch.long)
+        self.n = 0  # number of stored characters
 
-    def mixed(self, losses: Tensor, features: Tensor, followers: Tensor) -> Tensor:
-        """Losses (T,) of the characters that follow features (T, C), mixed; takes both in."""
-        features = F.normalize(features, dim=-1)
+    def mix(self, losses: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses (T,) of `targets` (T,) after hidden states (T, C), mixed; then store both."""
+        hidden = F.normalize(hidden, dim=-1)
         if self.n:
-            alike = self.sharpness * features @ self.features[: self.n].T  # (T, n)
-            same = self.followers[: self.n] == followers[:, None]
-            # The share of the remembered weight that lies on the right character.
-            cached = (alike.softmax(-1) * same).sum(-1)
-            losses = -torch.log((1 - self.share) * (-losses).exp() + self.share * cached)
-        new = slice(self.n, self.n + len(followers))
-        self.features[new], self.followers[new] = features, followers
+            scores = self.sharpness * hidden @ self.hidden[: self.n].T  # (T, n)
+            matches = self.targets[: self.n] == targets[:, None]
+            cached = (scores.softmax(-1) * matches).sum(-1)  # probability of each target
+            losses = -torch.log((1 - self.weight) * (-losses).exp() + self.weight * cached)
+        new = slice(self.n, self.n + len(targets))
+        self.hidden[new], self.targets[new] = hidden, targets
         self.n = new.stop
         return losses
 
 
 def read(gpt: GPT, tokens: Tensor, options: argparse.Namespace, lr: float) -> tuple[float, float]:
-    """Mean loss of a sliding window, alone and with a cache; with a learning rate it learns."""
+    """Mean loss with a sliding window, without and with a cache; adapts if lr is positive."""
     gpt = copy.deepcopy(gpt)
     adam = torch.optim.Adam(gpt.parameters(), lr=lr)
     cache = NeuralCache(len(tokens), gpt.config.n_embd, options.share, options.sharpness)
@@ -97,11 +96,11 @@ def read(gpt: GPT, tokens: Tensor, options: argparse.Namespace, lr: float) -> tu
         end = min(start + options.piece, len(tokens))
         ids, new = tokens[max(0, end - options.context - 1) : end], end - start
         with torch.set_grad_enabled(lr > 0):
-            features = gpt.features(ids[None, :-1])[0]
-            losses = F.cross_entropy(gpt.head(features).float(), ids[1:], reduction="none")
+            hidden = gpt.hidden_states(ids[None, :-1])[0]
+            losses = F.cross_entropy(gpt.head(hidden).float(), ids[1:], reduction="none")
         scored = losses[-new:].detach()
         alone += scored.sum().item()
-        mixed += cache.mixed(scored, features[-new:].detach(), ids[-new:]).sum().item()
+        mixed += cache.mix(scored, hidden[-new:].detach(), ids[-new:]).sum().item()
         if lr > 0:
             adam.zero_grad()
             losses.mean().backward()
@@ -110,7 +109,7 @@ def read(gpt: GPT, tokens: Tensor, options: argparse.Namespace, lr: float) -> tu
 
 
 def compressed(name: str, train: bytes, val: bytes, characters: int) -> float | None:
-    """Nats per character of the validation part, read after the training part."""
+    """Nats per character of the validation split, compressed after the training split."""
     if shutil.which(COMPRESSORS[name][0]) is None:
         return None
     sizes = []
@@ -124,12 +123,12 @@ def compressed(name: str, train: bytes, val: bytes, characters: int) -> float | 
     return (sizes[1] - sizes[0]) * 8 * math.log(2) / characters
 
 
-def show(what: str, figure: float | tuple[float, float] | None, start: float) -> None:
+def show(name: str, figure: float | tuple[float, float] | None, start: float) -> None:
     loss, mixed = figure if isinstance(figure, tuple) else (figure, None)
-    said = "not installed" if loss is None else f"{loss:.4f} nats, {loss / math.log(2):.4f} bits"
+    text = "not installed" if loss is None else f"{loss:.4f} nats, {loss / math.log(2):.4f} bits"
     if mixed is not None:
-        said += f"; with a cache {mixed:.4f} nats"
-    print(f"{what:10} {said}  ({time.perf_counter() - start:.0f} s)", flush=True)
+        text += f"; with a cache {mixed:.4f} nats"
+    print(f"{name:10} {text}  ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -138,26 +137,27 @@ def main() -> None:
     )
     parser.add_argument("--ckpt_path", default="best")
     parser.add_argument("--piece", type=int, default=32, help="characters scored at a time")
-    parser.add_argument("--context", type=int, help="of a window; block_size unless given")
-    parser.add_argument("--lr", type=float, default=2e-5, help="of adapting")
-    parser.add_argument("--share", type=float, default=0.2, help="of the cache")
-    parser.add_argument("--sharpness", type=float, default=30.0, help="of the cache")
-    parser.add_argument("--characters", type=int, help="only so many, for a quick look")
+    parser.add_argument("--context", type=int, help="length of the window (default: block_size)")
+    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate for adapting")
+    parser.add_argument("--share", type=float, default=0.2, help="weight of the cache")
+    parser.add_argument("--sharpness", type=float, default=30.0, help="of the cache's softmax")
+    parser.add_argument("--characters", type=int, help="score only this many, for a quick test")
     names = ["frozen", "sliding", "adapting", *COMPRESSORS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     options = parser.parse_args()
 
     path = resolve_checkpoint(options.ckpt_path)
     checkpoint = read_checkpoint(path)
-    gpt, vocabulary = network_of(checkpoint, path)
+    gpt, vocabulary = build_network(checkpoint, path)
     gpt.eval()
     options.context = options.context or gpt.config.block_size
     if not 0 < options.piece <= options.context <= gpt.config.block_size:
-        parser.error(f"--piece <= --context <= {gpt.config.block_size}, the network's block_size")
+        parser.error(f"need --piece <= --context <= {gpt.config.block_size} (block_size)")
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = ("corpus", "block_size", "val_fraction", "test_fraction")
     data = CharDataModule(**{name: saved[name] for name in settings})
-    data.expected_digest = saved.get("corpus_digest")
+    keys = "corpus_bytes", "corpus_digest", "train_characters"
+    data.trained_text = TrainedText(*(saved[key] for key in keys), named=False)
     data.setup()
     tokens = torch.from_numpy(data.val_tokens[: options.characters].astype(int))
     print(f"{path}\nblock_size {gpt.config.block_size}, {len(tokens) - 1:,} characters scored")

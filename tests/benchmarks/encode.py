@@ -1,10 +1,10 @@
-"""How fast a large text is encoded, how much memory that takes, and what its size costs later.
+"""Time and memory to encode a large text, and the cost of its size for later steps.
 
     python tests/benchmarks/encode.py [--gigabytes 2]
 
-Makes the texts in a temporary folder and measures in a child process on one core. The child also
+Writes the texts to a temporary folder and measures in a child process on one core. The child also
 encodes a slice with `[stoi[c] for c in text]`, so that both are timed under the same conditions.
-Takes three times the text's size on disk.
+Needs three times the text's size on disk.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 import yaml
 
 MB = 1_000_000
-SLICE = 10 * MB  # characters for the list comprehension
+SLICE = 10 * MB  # number of characters for the list comprehension
 LETTERS = "etaoinshrdlu" * 40 + "cmwfgypbvkjxqz" * 10 + "ETAOINSHRDLUCMWFGYPBVKJXQZ"
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cpu.yaml"
-STEPS = 110  # of training on each text, the first ten not counted
-BATCH, BLOCK = 64, 257  # what a training step of the base configuration reads
+STEPS = 110  # training steps on each text; the first ten are not counted
+BATCH, BLOCK = 64, 257  # shape of a batch of the base configuration
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write_text(path: Path, n_bytes: int, letters: str) -> None:
-    """Lines of made-up words, the same 20,000 again and again."""
+    """Write 20,000 lines of random words, repeated to fill the file."""
     draw = random.Random(0)
     words = ["".join(draw.choices(letters, k=draw.randint(1, 10))) for _ in range(20_000)]
     lines = [" ".join(draw.choices(words, k=12)) + draw.choice(".,;:!?") for _ in range(20_000)]
@@ -60,7 +60,7 @@ def write_text(path: Path, n_bytes: int, letters: str) -> None:
 
 def measure(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from chargpt.data.corpus import find_text
+    from chargpt.data.texts import resolve_corpus
     from chargpt.data.token_file import open_corpus
 
     if hasattr(os, "sched_setaffinity"):
@@ -70,31 +70,31 @@ def measure(folder: Path) -> None:
         path = folder / f"{name}.txt"
         size = path.stat().st_size / MB
         start, start_cpu = time.perf_counter(), time.process_time()
-        corpus = open_corpus(find_text(str(path), folder))
+        corpus = open_corpus(resolve_corpus(str(path), folder))
         seconds, seconds_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        peak = peak_memory()  # so far, which only says something about the first text
+        peak = peak_memory()  # since the start, so meaningful only for the first text
         text = corpus.vocabulary.decode(corpus.tokens[:SLICE])
-        print(f"{name}: {size:,.0f} MB, {len(corpus.vocabulary)} different characters")
+        print(f"{name}: {size:,.0f} MB, {len(corpus.vocabulary)} distinct characters")
         print(f"  encoded in {seconds:.1f} s: {size / seconds:.0f} MB/s")
-        print(f"  processor time {seconds_cpu:.1f} s: {size / seconds_cpu:.0f} MB/s")
+        print(f"  CPU time {seconds_cpu:.1f} s: {size / seconds_cpu:.0f} MB/s")
         if name == "large":
-            print(f"  peak memory {peak / MB:.0f} MB, of which {imports / MB:.0f} MB imports")
+            print(f"  peak memory {peak / MB:.0f} MB, {imports / MB:.0f} MB of it for imports")
         compare(text, corpus.vocabulary.characters, seconds_cpu / len(corpus.tokens))
 
     for name in ("large", "small"):
         path = str(folder / f"{name}.txt")
-        tokens = open_corpus(find_text(path, folder)).tokens
-        opening = median_seconds(lambda: open_corpus(find_text(path, folder)), 20)
+        tokens = open_corpus(resolve_corpus(path, folder)).tokens
+        opening = median_seconds(lambda: open_corpus(resolve_corpus(path, folder)), 20)
         draw = random.Random(0)
         starts = lambda: (draw.randrange(len(tokens) - BLOCK) for _ in range(BATCH))
         reading = median_seconds(lambda: [tokens[i : i + BLOCK].copy() for i in starts()], 500)
-        print(f"{name}: opened again in {opening * 1e3:.2f} ms, ", end="")
+        print(f"{name}: reopened in {opening * 1e3:.2f} ms, ", end="")
         print(f"a batch of {BATCH} x {BLOCK} read in {reading * 1e3:.3f} ms")
     train(folder)
 
 
 def train(folder: Path) -> None:
-    """Steps of configs/cpu.yaml's network on the large text against those on the small one, in turns."""
+    """Alternate training steps of configs/cpu.yaml's network on the large and the small text."""
     from overhead import PlainLoop
 
     from chargpt.data import CharDataModule
@@ -103,10 +103,12 @@ def train(folder: Path) -> None:
     settings = yaml.safe_load(CONFIG.read_text())
     loops, times = {}, {"large": [], "small": []}
     for name in times:
-        place = dict(corpus=str(folder / f"{name}.txt"), data_dir=str(folder))
-        data = CharDataModule(**settings["data"] | place)
+        paths = dict(corpus=str(folder / f"{name}.txt"), data_dir=str(folder))
+        data = CharDataModule(**settings["data"] | paths)
         data.setup("fit")
-        loops[name] = PlainLoop(GPTModule(data.hparams.block_size, **settings["model"]), data)
+        loops[name] = PlainLoop(
+            GPTModule(block_size=data.hparams.block_size, **settings["model"]), data
+        )
     for n in range(STEPS):
         for name in sorted(times, reverse=n % 2 == 1):
             start = time.perf_counter()
@@ -120,10 +122,12 @@ def train(folder: Path) -> None:
     print(f"{small / large:.3f} of its steps per second")
 
 
-def compare(text: str, characters: str, ours: float) -> None:
-    """Sets `ours`, in seconds per character for all of the work, against a list comprehension
-    alone, and against all that nanoGPT's preparation does with a text in memory. Processor time:
-    on a shared machine the ratio of anything else depends on the neighbours."""
+def compare(text: str, characters: str, chargpt_s: float) -> None:
+    """Compare `chargpt_s`, in CPU seconds per character, with other ways to encode a text.
+
+    These are a list comprehension by itself, and everything that nanoGPT's prepare.py does with a
+    text in memory. CPU time, because wall time depends on the load of a shared machine.
+    """
     stoi = {character: id for id, character in enumerate(characters)}
     clock = time.process_time
     alone = median_seconds(lambda: [stoi[c] for c in text], 3, clock) / len(text)
@@ -133,9 +137,11 @@ def compare(text: str, characters: str, ours: float) -> None:
         np.array([stoi[c] for c in text], dtype=np.uint16)
 
     whole = median_seconds(prepare, 3, clock) / len(text)
-    print(f"  per character {ours * 1e9:.1f} ns")
-    print(f"  a list comprehension {alone * 1e9:.1f} ns, {alone / ours:.1f} times as much")
-    print(f"  with set() and np.array() {whole * 1e9:.1f} ns, {whole / ours:.1f} times as much")
+    print(f"  per character {chargpt_s * 1e9:.1f} ns")
+    print(f"  list comprehension {alone * 1e9:.1f} ns, {alone / chargpt_s:.1f} times as long")
+    print(
+        f"  with set() and np.array() {whole * 1e9:.1f} ns, {whole / chargpt_s:.1f} times as long"
+    )
 
 
 def median_seconds(
@@ -150,7 +156,7 @@ def median_seconds(
 
 
 def peak_memory() -> int:
-    """Bytes resident at most so far; 0 where the system doesn't tell."""
+    """Peak resident memory in bytes, or 0 where it is unavailable."""
     try:
         import resource
     except ImportError:  # Windows

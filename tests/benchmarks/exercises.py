@@ -1,9 +1,9 @@
-"""The measured results of the lesson's exercises (chargpt/README.md): change, train, compare.
+"""Results of the lesson's exercises (chargpt/README.md): change the textbook, train, compare.
 
-    python tests/benchmarks/exercises.py path/to/input.txt           # ten to fifteen minutes, two cores
+    python tests/benchmarks/exercises.py path/to/input.txt           # 10 to 15 minutes on two cores
     python tests/benchmarks/exercises.py path/to/input.txt --only 4 5
 
-Exercises 2 and 8 are rungs of ladder.py; 10 is measured by generate.py.
+Exercises 2 and 8 are in ladder.py, exercise 10 in generate.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from chargpt.textbook import BigramLangModel, Head
 
 
 def train(text: str, **sizes: float) -> float:
-    """The small textbook, from the first weights to the last step; its whole-split loss."""
+    """Train the small textbook network and return its loss on the whole validation split."""
     torch.manual_seed(1337)
     textbook.prepare(text, **textbook.SMALL | sizes)
     textbook.train()
@@ -40,8 +40,10 @@ def temperature(text: str, model: BigramLangModel) -> None:
         torch.manual_seed(1)
         ids = model.generate(torch.zeros(16, 1, dtype=torch.long), 500)
         words = re.findall(r"[A-Za-z']+", "\n".join(textbook.decode(row.tolist()) for row in ids))
-        share = sum(word in known for word in words) / len(words)
-        print(f"1. temperature {value}: {share:.0%} of {len(words)} words are in the training text")
+        fraction = sum(word in known for word in words) / len(words)
+        print(
+            f"1. temperature {value}: {fraction:.0%} of {len(words)} words are in the training text"
+        )
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
@@ -124,7 +126,7 @@ def main() -> None:
         9: ("rotary positions", rotary, {}),
     }
     if {1, 6, 7} & set(only):
-        print(f"the untouched textbook: {train(text):.3f}")
+        print(f"the unchanged textbook: {train(text):.3f}")
         model = textbook.model.eval()
         for number, measure in ((1, lambda m: temperature(text, m)), (6, by_position)):
             if number in only:

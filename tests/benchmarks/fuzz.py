@@ -1,9 +1,9 @@
-"""Malformed inputs, by the thousand: each must end in a plain line and a status that is not zero.
+"""Fuzz test: malformed input must end in a plain error message and a nonzero exit status.
 
-Damaged flags, values, configurations, texts, prompts and checkpoints go through the whole command
-line, in this process. For each it is checked that there is no traceback, that standard error says
-"error: ..." in at most two lines, and that no file is left but what was there. Then generated texts
-go through a vocabulary and back.
+Malformed flags, values, configurations, texts, prompts and checkpoints are passed to the command
+line, in this process. For each, the test checks that there is no traceback, that standard error has
+one "error: ..." of at most two lines, and that no new files remain. Then random texts are encoded
+and decoded with a vocabulary.
 
     python tests/benchmarks/fuzz.py --inputs 1000 --texts 10000
 """
@@ -41,12 +41,12 @@ STRANGE = (
     "\0", "\u202e", "\u200f", "\ufeff", "e\u0301", "🙂", "👩‍👩‍👧", "\ud800", "\udfff", "\u2028", "\x1b[31m", "日本", "ß", "\r", "\t",
 )  # fmt: skip
 COMMANDS = ("fit", "validate", "test", "predict", "export", "import")
-BEGINNINGS = {
+BASE_COMMANDS = {
     "fit": ["fit", "--config=tiny.yaml"],
     "export": ["export", "--to=page", "--output=x.html"],
     "import": ["import", "bad.pt", "--meta=bad.pkl"],
 }
-FLAGS = {  # each with values that it cannot have
+FLAGS = {  # flags with invalid values
     "fit": {
         "--model.n_embd": ["0", "-4", "7", "1.5", "1e3x", "null", "[]", "nan", "9" * 30],
         "--model.n_head": ["0", "-1", "3", "x"],
@@ -127,11 +127,11 @@ def strange(random: random.Random, n: int = 6) -> str:
     return "".join(random.choices(STRANGE, k=random.randint(1, n)))
 
 
-def beginning(random: random.Random, command: str) -> list[str]:
-    return BEGINNINGS.get(command, [command])
+def base_command(random: random.Random, command: str) -> list[str]:
+    return BASE_COMMANDS.get(command, [command])
 
 
-# Each makes one malformed command line, with the files that it needs, in the current folder.
+# Each of these returns a malformed command line and writes the files it needs to the current folder.
 
 
 def bad_command(random: random.Random) -> list[str]:
@@ -167,7 +167,7 @@ def bad_flag(random: random.Random) -> list[str]:
     form = random.choice(
         [[f"--{misspelt}=1"], [f"--{misspelt}", "1"], [f"--{misspelt}"], [misspelt]]
     )
-    return [*beginning(random, command), *form]
+    return [*base_command(random, command), *form]
 
 
 def bad_value(random: random.Random) -> list[str]:
@@ -175,7 +175,7 @@ def bad_value(random: random.Random) -> list[str]:
     flag = random.choice(list(FLAGS[command]))
     value = random.choice(FLAGS[command][flag])
     return [
-        *beginning(random, command),
+        *base_command(random, command),
         *random.choice([[f"{flag}={value}"], [flag, value], [flag]]),
     ]
 
@@ -183,7 +183,7 @@ def bad_value(random: random.Random) -> list[str]:
 def strange_value(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
     flag = random.choice([flag for flag in FLAGS[command] if "output" not in flag])
-    return [*beginning(random, command), f"{flag}={strange(random)}"]
+    return [*base_command(random, command), f"{flag}={strange(random)}"]
 
 
 def bad_config(random: random.Random) -> list[str]:
@@ -198,7 +198,7 @@ def bad_config(random: random.Random) -> list[str]:
     group, _, name = random.choice(keys).partition(".")
     command = random.choice(list(COMMANDS))
     sizes = ["x", "[1]", "{a: 1}", "!!python/object:os.x {}", ".nan"]
-    if command not in ("validate", "test"):  # where the checkpoint's own size takes its place
+    if command not in ("validate", "test"):  # which use the checkpoint's value instead
         sizes.append("null")
     content = random.choice(
         [
@@ -243,7 +243,7 @@ def bad_text(random: random.Random) -> list[str]:
         ]
     )()
     Path("bad.txt").write_bytes(content)
-    return [*beginning(random, "fit"), "--data.corpus=bad.txt"]
+    return [*base_command(random, "fit"), "--data.corpus=bad.txt"]
 
 
 def bad_prompt(random: random.Random) -> list[str]:
@@ -268,14 +268,14 @@ def bad_checkpoint(random: random.Random) -> list[str]:
         )()
         Path("bad.ckpt").write_bytes(content)
     else:
-        damaged(random, torch.load("last.ckpt", weights_only=True))
+        damage(random, torch.load("last.ckpt", weights_only=True))
     command = random.choice(list(COMMANDS[:-1]))
     steps = ["--trainer.max_steps=5"] if command == "fit" else []
-    return [*beginning(random, command), "--ckpt_path=bad.ckpt", *steps]
+    return [*base_command(random, command), "--ckpt_path=bad.ckpt", *steps]
 
 
 def bad_import(random: random.Random) -> list[str]:
-    """A checkpoint of nanoGPT and its characters, one of them damaged."""
+    """A nanoGPT checkpoint and its vocabulary, one of them damaged."""
     sizes = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=3, dropout=0.0)
     names = {
         "transformer.wte.weight": (3, 8),
@@ -314,10 +314,11 @@ def bad_import(random: random.Random) -> list[str]:
     if random.random() < 0.2:
         path = Path(random.choice(["bad.pt", "bad.pkl"]))
         path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
-    return beginning(random, "import")
+    return base_command(random, "import")
 
 
-def damaged(random: random.Random, checkpoint: dict) -> None:
+def damage(random: random.Random, checkpoint: dict) -> None:
+    """Make one random change to a checkpoint and write it to bad.ckpt."""
     weights, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     random.choice(
         [
@@ -346,7 +347,7 @@ KINDS: list[Callable[[random.Random], list[str]]] = [
 
 
 def run(args: list[str]) -> tuple[int, str, str]:
-    """Status, standard output and standard error; a traceback is in the last."""
+    """Exit status, standard output, and standard error with the traceback if there is one."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (
         contextlib.redirect_stdout(out),
@@ -369,23 +370,23 @@ def files() -> set[str]:
     }
 
 
-def complaint(status: int, out: str, err: str, before: set[str]) -> str:
-    """What is wrong with the answer to a malformed input; nothing, if all is well."""
+def problem(status: int, out: str, err: str, before: set[str]) -> str:
+    """What is wrong with the reaction to a malformed input; empty if nothing is."""
     lines = [line for line in err.splitlines() if line.strip()]
-    says = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if "Traceback" in err:
         return "traceback"
     if status == 0:
         return "accepted"
-    if len(says) != 1 or len(lines) - says[0] > 2:
-        return "no plain line"
+    if len(errors) != 1 or len(lines) - errors[0] > 2:
+        return "no plain message"
     if out:
         return "wrote to standard output"
     return "left files" if files() != before else ""
 
 
-def furnish() -> None:
-    """The files that malformed inputs stand beside, and a run."""
+def prepare_folder() -> None:
+    """Write the files that malformed commands refer to, and train a run."""
     Path("tiny.yaml").write_text(CONFIG)
     Path("text.txt").write_text(TEXT)
     Path("other.txt").write_text("Quite another text! " * 40)
@@ -401,24 +402,24 @@ def furnish() -> None:
 
 
 def fuzz_commands(seed: int, count: int) -> bool:
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     table = {kind.__name__: collections.Counter() for kind in KINDS}
     slowest, failures = (0.0, []), []
     for _, kind in zip(range(count), itertools.cycle(KINDS)):
-        args = kind(chosen)
+        args = kind(rng)
         before = files()
         start = time.perf_counter()
-        answer = run(args)
+        result = run(args)
         slowest = max(slowest, (time.perf_counter() - start, args))
-        wrong = complaint(*answer, before)
-        table[kind.__name__][wrong or f"status {answer[0]}"] += 1
+        wrong = problem(*result, before)
+        table[kind.__name__][wrong or f"status {result[0]}"] += 1
         if wrong:
-            failures.append((wrong, args, answer[2][-1500:]))
+            failures.append((wrong, args, result[2][-1500:]))
         for path in files() - before:
             if Path(path).is_file():
                 Path(path).unlink()
-    for name, results in table.items():
-        print(f"{name:16}" + "  ".join(f"{result}: {n}" for result, n in sorted(results.items())))
+    for name, counts in table.items():
+        print(f"{name:16}" + "  ".join(f"{outcome}: {n}" for outcome, n in sorted(counts.items())))
     print(f"slowest: {slowest[0]:.1f} s, {ascii(slowest[1])[:120]}")
     for wrong, args, err in failures[:20]:
         print(f"\n{wrong}: {ascii(args)[:300]}\n{err}")
@@ -426,19 +427,17 @@ def fuzz_commands(seed: int, count: int) -> bool:
 
 
 def fuzz_texts(seed: int, count: int) -> bool:
-    """Every text, lone surrogates included, survives a vocabulary of its own and a shared one."""
-    chosen = random.Random(seed)
-    shared = Vocabulary("".join(map(chr, range(sys.maxunicode + 1))))
-    lost = 0
+    """Round-trip random texts, with lone surrogates, through their own and a full vocabulary."""
+    rng = random.Random(seed)
+    full = Vocabulary("".join(map(chr, range(sys.maxunicode + 1))))
+    changed = 0
     for _ in range(count):
-        highest = chosen.choice([0x7F, 0xFF, 0xFFFF, sys.maxunicode])
-        characters = [
-            chr(chosen.randint(0, highest)) for _ in range(chosen.choice([0, 1, 10, 300]))
-        ]
-        text = "".join(characters + chosen.choices(STRANGE, k=chosen.randint(0, 5)))
-        lost += any(v.decode(v.encode(text)) != text for v in (Vocabulary.from_text(text), shared))
-    print(f"{count:,} texts through encode and decode: {lost} changed")
-    return not lost
+        highest = rng.choice([0x7F, 0xFF, 0xFFFF, sys.maxunicode])
+        characters = [chr(rng.randint(0, highest)) for _ in range(rng.choice([0, 1, 10, 300]))]
+        text = "".join(characters + rng.choices(STRANGE, k=rng.randint(0, 5)))
+        changed += any(v.decode(v.encode(text)) != text for v in (Vocabulary.from_text(text), full))
+    print(f"{count:,} texts encoded and decoded: {changed} changed")
+    return not changed
 
 
 def main() -> None:
@@ -456,11 +455,11 @@ def main() -> None:
         os.environ["CHARGPT_DATA_DIR"] = os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
         Path(folder, "work").mkdir()
         os.chdir(Path(folder, "work"))
-        furnish()
-        well = fuzz_commands(options.seed, options.inputs)
+        prepare_folder()
+        ok = fuzz_commands(options.seed, options.inputs)
         os.chdir("/")
-    well = fuzz_texts(options.seed, options.texts) and well
-    raise SystemExit(0 if well else 1)
+    ok = fuzz_texts(options.seed, options.texts) and ok
+    raise SystemExit(0 if ok else 1)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How fast the base size writes: against recomputing, against the floor, and from a cold start.
+"""Generation speed at the base size: against recomputing, against a lower bound, from a cold start.
 
     python tests/benchmarks/generate.py                  # a minute or two
     python tests/benchmarks/generate.py --chars 300 --every 60 --no-cold-start
 
-Recomputing reads the window again for each character, as the textbook's generate does. It is timed at
-every N-th of the same characters, between those that are written with the cache, so that both meet
-the same load of the machine. The floor is the time that reading the blocks' weights takes:
-products of each of them with one row, layer after layer, as writing one character needs them. It is
-taken twice: of one network, whose weights stay in the processor's cache where that is large enough,
-and of several in turns, whose weights together are too large for it and come from main memory.
+Recomputing processes the whole window for each character, as the textbook's generate does. It is
+timed at every N-th of the same characters, between those generated with the cache, so that both meet
+the same load of the machine. The lower bound is the time that reading the blocks' weights takes:
+products of each of them with one row, layer after layer, as one character needs them. It is measured
+twice: with one network, whose weights stay in the CPU's cache where that is large enough, and with
+several in turns, whose weights together are too large for it and come from main memory.
 """
 
 import argparse
@@ -55,7 +55,7 @@ next(stream); lap("first character")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chars", type=int, default=1000, help="characters to write")
+    parser.add_argument("--chars", type=int, default=1000, help="characters to generate")
     parser.add_argument("--every", type=int, default=50, help="recompute every N-th of them")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 16], help="texts in a batch")
     parser.add_argument("--networks", type=int, default=8, help="in turns, too large for the cache")
@@ -70,8 +70,8 @@ def main() -> None:
     print(f"{parameters:,} parameters, {args.threads} threads, {args.chars:,} characters")
     for samples in args.samples:
         against_recomputing(gpt, samples, args.chars, args.every)
-    against_the_floor([gpt], args.chars)
-    against_the_floor([deepcopy(gpt) for _ in range(args.networks)], args.chars)
+    against_lower_bound([gpt], args.chars)
+    against_lower_bound([deepcopy(gpt) for _ in range(args.networks)], args.chars)
     if args.cold_start:
         cold_start(gpt)
 
@@ -103,12 +103,12 @@ def against_recomputing(gpt: GPT, samples: int, chars: int, every: int) -> None:
 
 
 def recompute(gpt: GPT, window: torch.Tensor) -> torch.Tensor:
-    """One character, as the textbook's generate chooses it."""
+    """One character, sampled as in the textbook's generate."""
     return torch.multinomial(gpt(window)[:, -1].softmax(-1), num_samples=1)
 
 
 @torch.inference_mode()
-def against_the_floor(gpts: list[GPT], chars: int) -> None:
+def against_lower_bound(gpts: list[GPT], chars: int) -> None:
     weights = [
         [
             layer.weight
@@ -124,23 +124,25 @@ def against_the_floor(gpts: list[GPT], chars: int) -> None:
     ]
     rows = {weight.size(1): torch.randn(1, weight.size(1)) for weight in weights[0]}
     megabytes = sum(weight.numel() * weight.element_size() for weight in weights[0]) / 1e6
-    # Ten characters or more, then as many passes of products, so that neither clears the other's cache.
+    # Ten characters or more, then as many passes of products, so that neither evicts the other's cache.
     passes = -(-10 // len(gpts))
     texts = [write(gpt, 1, chars + passes) for gpt in gpts]
     for text in texts:
-        next(text)  # the first also gets everything ready
-    written, floor = [], []
+        next(text)  # the first also prefills
+    generated, products = [], []
     for _ in range(max(chars // passes, 1)):
-        written += [seconds(lambda: next(text)) for text in texts * passes]
-        floor += [
+        generated += [seconds(lambda: next(text)) for text in texts * passes]
+        products += [
             seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes
         ]
-    print(f"against the floor, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:")
+    print(
+        f"against the lower bound, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:"
+    )
     for name, figure in (("median", statistics.median), ("best", min)):
-        character, products = figure(written), figure(floor)
+        character, bound = figure(generated), figure(products)
         print(
             f"{name:>8}: {1000 * character:.2f} ms a character; reading {megabytes:.0f} MB at "
-            f"{megabytes / products / 1000:.1f} GB/s takes {1000 * products:.2f} ms: {character / products:.2f} times"
+            f"{megabytes / bound / 1000:.1f} GB/s takes {1000 * bound:.2f} ms: {character / bound:.2f} times"
         )
 
 
@@ -155,7 +157,7 @@ def cold_start(gpt: GPT) -> None:
             global_step=0,
         )
         torch.save(checkpoint, path)
-        print("from a cold start, each part by itself:", flush=True)
+        print("from a cold start, each part separately:", flush=True)
         program = f"PATH, PROMPT = {path!r}, {PROMPT!r}\n{COLD_START}"
         subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 

@@ -1,13 +1,13 @@
-"""What each idea of a GPT is worth: a ladder of models, one idea more on each rung.
+"""Ablation, from letter counts to a full GPT: each model adds one idea.
 
     python tests/benchmarks/ladder.py path/to/input.txt --csv ladder.csv --plot ladder.png
     python tests/benchmarks/ladder.py path/to/input.txt --steps 500 --only "without attention"
 
-It begins with tables of counts, without any network. Each rung after that is the network of
-chargpt/textbook.py, at its small size, with the parts taken out that come later; all train for the
-same number of steps on the same batches. Then single parts are taken out of the whole. The last is
-the engine with configs/cpu.yaml, which reads more characters in fewer steps. Losses are in nats, of
-the whole validation split: every character but the first is predicted once, in contiguous blocks.
+It starts with tables of counts. Each model after that is the small network of chargpt/textbook.py
+without the parts that are added later; all train for the same number of steps on the same batches.
+Then single parts are removed from the full network. The last row is the engine with
+configs/cpu.yaml, which reads more characters in fewer steps. Losses are in nats, over the whole
+validation split: every character but the first is predicted once, in consecutive sequences.
 """
 
 import argparse
@@ -34,15 +34,15 @@ CPU = Path(__file__).resolve().parents[2] / "configs" / "cpu.yaml"
 WIDTH = textbook.SMALL["n_embed"]
 
 
-class Nothing(nn.Module):
-    """Takes a part's place in a sum and adds 0."""
+class Zero(nn.Module):
+    """Replaces a layer in a sum and adds 0."""
 
     def forward(self, x: Tensor) -> float:
         return 0.0
 
 
 class BlockWithoutResiduals(Block):
-    """Each layer replaces what was there."""
+    """A block whose layers replace their input instead of adding to it."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attention(self.attention_norm(x))
@@ -50,17 +50,17 @@ class BlockWithoutResiduals(Block):
 
 
 class Rung(NamedTuple):
-    """A network with some of the parts of the textbook's, and how much of the text it reads."""
+    """A network with a subset of the textbook's parts, trained on a fraction of the text."""
 
     name: str
     positions: bool = True
-    attention: str = "several"  # heads; or "one", or "none"
+    attention: str = "several"  # heads: "several", "one" or "none"
     feed_forward: bool = True
     residuals: bool = True
     norms: bool = True
     layers: int = textbook.SMALL["n_layer"]
     dropout: float = 0.0
-    share: float = 1.0  # of the training split
+    fraction: float = 1.0  # of the training split
 
     def build(self) -> BigramLangModel:
         sizes = {name: textbook.SMALL[name] for name in ("block_size", "n_embed", "n_head")}
@@ -68,21 +68,21 @@ class Rung(NamedTuple):
             len(textbook.stoi), **sizes, n_layer=self.layers, dropout=self.dropout
         )
         if not self.positions:
-            model.position_embedding = Nothing()
+            model.position_embedding = Zero()
         if not self.norms:
             model.norm = nn.Identity()
         for block in model.blocks:
-            self.take_parts_from(block)
+            self.remove_parts(block)
         return model
 
-    def take_parts_from(self, block: Block) -> None:
-        none = Nothing() if self.residuals else nn.Identity()
+    def remove_parts(self, block: Block) -> None:
+        nothing = Zero() if self.residuals else nn.Identity()
         if self.attention == "one":
-            block.attention = Head(WIDTH, WIDTH, self.dropout)  # as wide as several together
+            block.attention = Head(WIDTH, WIDTH, self.dropout)  # as wide as all heads together
         if self.attention == "none":
-            block.attention = none
+            block.attention = nothing
         if not self.feed_forward:
-            block.feed_forward = none
+            block.feed_forward = nothing
         if not self.norms:
             block.attention_norm = block.feed_forward_norm = nn.Identity()
         if not self.residuals:
@@ -105,8 +105,8 @@ RUNGS = [
     Rung("textbook without norms", norms=False),
     Rung("textbook without positions", positions=False),
     Rung("textbook, dropout 0.1", dropout=0.1),
-    Rung("textbook, a twentieth of the text", share=0.05),
-    Rung("textbook, a twentieth, dropout 0.2", share=0.05, dropout=0.2),
+    Rung("textbook, 5 % of the text", fraction=0.05),
+    Rung("textbook, 5 % of the text, dropout 0.2", fraction=0.05, dropout=0.2),
 ]
 
 
@@ -120,32 +120,32 @@ class Result(NamedTuple):
 
 @torch.no_grad()
 def whole_split_loss(model: BigramLangModel, split: Tensor) -> float:
-    """Mean over all characters of a split but its first, each predicted exactly once."""
+    """Mean loss over all characters of a split but the first, each predicted exactly once."""
     model.eval()
     T = model.block_size
     whole = (len(split) - 1) // T * T
     blocks = [
         *zip(split[:whole].view(-1, T).split(128), split[1 : whole + 1].view(-1, T).split(128))
     ]
-    if whole < len(split) - 1:  # the rest is a shorter block
+    if whole < len(split) - 1:  # the last sequence is shorter
         blocks.append((split[None, whole:-1], split[None, whole + 1 :]))
     total = sum(model(x, y)[1].item() * y.numel() for x, y in blocks)
     return total / (len(split) - 1)
 
 
 def a_line(text: str) -> str:
-    """The first whole line that is long enough to show something."""
+    """The first complete line that is long enough to be representative."""
     lines = [line.strip() for line in text.split("\n")[1:-1] if len(line.strip()) > 20]
     return (lines or [text.replace("\n", " ").strip()])[0][:60]
 
 
 def counting(name: str, order: int, seed: int) -> Result:
-    """No network: how often each character followed the order - 1 before it, and a tenth more."""
+    """Counts of how often each character followed the `order` - 1 before it, plus 0.1."""
     start, V = time.perf_counter(), len(textbook.stoi)
     train, val = (textbook.data[split].cpu() for split in ("train", "val"))
 
     def entries(ids: Tensor) -> Tensor:
-        """Where each character stands in the table, by itself and those before it, (N,)."""
+        """The index in the table of each character with the ones before it, (N,)."""
         padded = F.pad(ids, (order - 1, 0))
         return sum(padded[i : i + len(ids)] * V ** (order - 1 - i) for i in range(order))
 
@@ -155,29 +155,29 @@ def counting(name: str, order: int, seed: int) -> Result:
     torch.manual_seed(seed)
     ids = [0] * order
     for _ in range(200):
-        before = sum(i * V**place for place, i in enumerate(ids[:-order:-1]))
-        ids.append(int(torch.multinomial(probabilities[before], num_samples=1)))
+        row = sum(i * V**power for power, i in enumerate(ids[:-order:-1]))
+        ids.append(int(torch.multinomial(probabilities[row], num_samples=1)))
     seconds = time.perf_counter() - start
     return Result(name, table.numel(), loss, seconds, a_line(textbook.decode(ids)))
 
 
-def climb(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
+def train(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
     textbook.prepare(
         text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_characters=1)
     )
-    train = textbook.data["train"]
-    textbook.data["train"] = train[: int(rung.share * len(train))]
+    split = textbook.data["train"]
+    textbook.data["train"] = split[: int(rung.fraction * len(split))]
     torch.manual_seed(seed)
-    textbook.model = model = rung.build().to(train.device)
-    torch.manual_seed(seed)  # the same batches for all, however many weights were drawn
+    textbook.model = model = rung.build().to(split.device)
+    torch.manual_seed(seed)  # the same batches for all, however many weights were initialized
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         textbook.train()
     seconds = time.perf_counter() - start
-    return measured(rung.name, model, seconds, seed), model
+    return measure(rung.name, model, seconds, seed), model
 
 
-def measured(name: str, model: BigramLangModel, seconds: float, seed: int) -> Result:
+def measure(name: str, model: BigramLangModel, seconds: float, seed: int) -> Result:
     loss = whole_split_loss(model, textbook.data["val"])
     torch.manual_seed(seed)
     start = torch.zeros(1, 1, dtype=torch.long, device=textbook.data["val"].device)
@@ -187,7 +187,7 @@ def measured(name: str, model: BigramLangModel, seconds: float, seed: int) -> Re
 
 
 def engine(path: Path, seed: int) -> Result:
-    """configs/cpu.yaml as a user would start it: the seconds hold start-up and validation too."""
+    """configs/cpu.yaml as a user would run it; the time includes start-up and validation."""
     path = path.resolve()
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
 
@@ -225,23 +225,23 @@ def engine(path: Path, seed: int) -> Result:
 def results(options: argparse.Namespace) -> Iterator[Result]:
     text = textbook.read_text(options.text)
     textbook.prepare(text)
-    for order, what in enumerate(("single characters", "pairs", "triples", "fours"), start=1):
-        if chosen(name := f"counting {what}", options.only):
+    for order, unit in enumerate(("single characters", "pairs", "triples", "fours"), start=1):
+        if selected(name := f"counts of {unit}", options.only):
             yield counting(name, order, options.seed)
     for rung in RUNGS:
-        if not chosen(rung.name, options.only):
+        if not selected(rung.name, options.only):
             continue
-        result, model = climb(rung, text, options.steps, options.seed)
+        result, model = train(rung, text, options.steps, options.seed)
         yield result
         if rung.name.endswith("the textbook"):
             for block in model.blocks:
-                block.attention = Nothing()
-            yield measured("... its attention taken out afterwards", model, 0.0, options.seed)
-    if chosen("the engine", options.only):
+                block.attention = Zero()
+            yield measure("... attention removed after training", model, 0.0, options.seed)
+    if selected("the engine", options.only):
         yield engine(options.text, options.seed)
 
 
-def chosen(name: str, only: list[str]) -> bool:
+def selected(name: str, only: list[str]) -> bool:
     return not only or any(part in name for part in only)
 
 
@@ -249,17 +249,17 @@ def plot(rows: list[Result], picture: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        sys.exit(f"{picture} is not drawn: matplotlib is missing (pip install matplotlib)")
+        sys.exit(f"cannot draw {picture}: matplotlib is not installed (pip install matplotlib)")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 0.8))
     losses = [row.loss for row in rows]
-    climbs = ("bigram", "+", "the engine")
-    colors = ["C0" if row.rung.startswith(climbs) else "C7" for row in rows]
+    ladder = ("bigram", "+", "the engine")  # the models that add an idea
+    colors = ["C0" if row.rung.startswith(ladder) else "C7" for row in rows]
     axes.barh([row.rung for row in rows], losses, color=colors)
-    for place, loss in enumerate(losses):
-        axes.text(loss + 0.01, place, f"{loss:.3f}", va="center", fontsize=9)
+    for y, loss in enumerate(losses):
+        axes.text(loss + 0.01, y, f"{loss:.3f}", va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="validation loss, nats per character", xlim=(0, max(losses) + 0.4))
     axes.spines[["top", "right"]].set_visible(False)
@@ -274,13 +274,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=textbook.SMALL["epochs"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--only", nargs="+", default=[], help="rungs whose names contain one of these"
+        "--only", nargs="+", default=[], help="models whose names contain one of these"
     )
-    parser.add_argument("--csv", type=Path, help="where the table goes for a program to read")
-    parser.add_argument("--plot", type=Path, help="where the picture goes; needs matplotlib")
+    parser.add_argument("--csv", type=Path, help="CSV file for the table")
+    parser.add_argument("--plot", type=Path, help="image file for the chart; needs matplotlib")
     options = parser.parse_args()
     rows = []
-    print("| rung | parameters | validation loss | seconds | a line it writes |")
+    print("| model | parameters | validation loss | seconds | a line it generates |")
     print("|---|---|---|---|---|")
     for row in results(options):
         rows.append(row)

@@ -1,14 +1,14 @@
-"""Mutation testing: break the package in one place at a time, and look whether a test notices.
+"""Mutation testing: change the package in one place at a time and check that a test fails.
 
     pip install cosmic-ray
     python tests/benchmarks/mutants.py --each 30
     python tests/benchmarks/mutants.py chargpt/model/gpt.py --each 100 --seed 1
 
-Of every place that one of cosmic-ray's operators can change (a number by one, an operator or a
-comparison into another, a condition into its opposite, `break` into `continue`, a decorator away, a
-loop into none), so many are drawn for each file and changed in a copy of the project; the tests that
-are named below run against it until the first fails. What survives is printed, for a person to judge:
-a hole in the tests, or a change that makes no difference.
+cosmic-ray's operators change a number by one, replace an operator or a comparison, negate a condition,
+replace `break` with `continue`, or remove a decorator or a loop. For each file, `--each` of all
+possible places are sampled and changed in a copy of the project, and the tests listed below run until
+one fails. Surviving mutants are printed, to be judged by a person: a gap in the tests, or a change
+that makes no difference.
 
 torch and Lightning are imported once; each mutant is tested in a fork of that process.
 """
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import cosmic_ray.plugins
-import hypothesis  # noqa: F401    these are what tests import first, and need not import again
+import hypothesis  # noqa: F401    imported here so that forks need not import them again
 import lightning  # noqa: F401
 import lightning.pytorch.cli  # noqa: F401
 import pytest
@@ -35,11 +35,11 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 PROJECT = Path(__file__).resolve().parents[2]
-TESTS = {  # a file, and the tests that should notice, the quickest first
+TESTS = {  # files and the tests that should catch changes to them, fastest first
     "chargpt/model/gpt.py": "test_model test_generation test_text_generator test_compile",
     "chargpt/generation.py": "test_generation test_text_generator test_predict",
-    "chargpt/data/blocks.py": "test_data",
-    "chargpt/data/corpus.py": "test_corpus test_token_file",
+    "chargpt/data/datasets.py": "test_data",
+    "chargpt/data/texts.py": "test_texts test_token_file",
     "chargpt/data/module.py": "test_data test_resume",
     "chargpt/data/token_file.py": "test_token_file test_data",
     "chargpt/training/optimizers.py": "test_optimizers test_module",
@@ -51,12 +51,12 @@ TESTS = {  # a file, and the tests that should notice, the quickest first
 
 
 def mutations(code: str) -> dict[tuple, list[tuple[str, int]]]:
-    """For each place of the code, by kind of change, the operators and which of their changes."""
+    """The possible mutations, as (operator, occurrence), by position in the code and kind."""
     places: dict[tuple, list[tuple[str, int]]] = {}
     nodes = list(ast_nodes(get_ast(code)))
     for name in cosmic_ray.plugins.operator_names():
         operator = cosmic_ray.plugins.get_operator(name)
-        if operator.arguments():  # these need names of variables
+        if operator.arguments():  # operators that need variable names
             continue
         occurrence = 0
         for node in nodes:
@@ -85,7 +85,7 @@ def passes(copy: Path, tests: list[str], timeout_s: float) -> bool:
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return False  # one that never ends is noticed
+    return False  # a timeout counts as caught
 
 
 def copy_of_project(folder: Path) -> Path:
@@ -100,31 +100,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", default=list(TESTS), help="of the package")
-    parser.add_argument("--each", type=int, default=30, help="mutants of each file")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("files", nargs="*", default=list(TESTS), help="files to change")
+    parser.add_argument("--each", type=int, default=30, help="mutants per file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     args = parser.parse_args()
     sys.dont_write_bytecode = True
     sys.stdout.reconfigure(line_buffering=True)
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_project(Path(folder))
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        killed_of_all = drawn_of_all = 0
+        total_killed = total_sampled = 0
         for file in args.files:
             tests = [f"tests/{name}.py" for name in TESTS[file].split()]
             begin = time.monotonic()
             if not passes(copy, tests, 600):
-                raise SystemExit(f"{' '.join(tests)} fail without any change")
+                raise SystemExit(f"{' '.join(tests)} fail without a mutation")
             timeout_s = 30 + 3 * (time.monotonic() - begin)
             code = (copy / file).read_text()
             places = sorted(mutations(code).items())
-            draw = random.Random(f"{args.seed} {file}")
-            drawn = [
-                draw.choice(choices)
-                for _, choices in draw.sample(places, min(args.each, len(places)))
+            rng = random.Random(f"{args.seed} {file}")
+            sampled = [
+                rng.choice(choices)
+                for _, choices in rng.sample(places, min(args.each, len(places)))
             ]
             killed = 0
-            for name, occurrence in drawn:
+            for name, occurrence in sampled:
                 operator = cosmic_ray.plugins.get_operator(name)()
                 mutated = mutate_code(code, operator, occurrence)
                 (copy / file).write_text(mutated)
@@ -133,10 +133,10 @@ def main() -> None:
                 if survives:
                     show(file, name, code, mutated)
             (copy / file).write_text(code)
-            print(f"{file}: {killed} of {len(drawn)} noticed ({len(places)} places)")
-            killed_of_all += killed
-            drawn_of_all += len(drawn)
-    print(f"{killed_of_all} of {drawn_of_all} noticed: {killed_of_all / drawn_of_all:.1%}")
+            print(f"{file}: {killed} of {len(sampled)} caught ({len(places)} places)")
+            total_killed += killed
+            total_sampled += len(sampled)
+    print(f"{total_killed} of {total_sampled} caught: {total_killed / total_sampled:.1%}")
 
 
 def show(file: str, name: str, code: str, mutated: str) -> None:

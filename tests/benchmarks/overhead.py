@@ -1,15 +1,15 @@
-"""What the Trainer costs: steps of `python -m chargpt fit` against those of a plain PyTorch loop.
+"""Overhead of the Trainer: steps of `python -m chargpt fit` compared with a plain PyTorch loop.
 
-Before each step of the Trainer the plain loop takes one: same size of network, same batches, same
-optimizer, and the same load of the machine, which changes more from second to second than what is
-measured here. The Trainer's side has the progress bar, the logging and the checks that a user gets.
-What happens at a validation is left out, since a plain loop would have to validate as well, but for
-the two checkpoints written then: their time is shared among the steps between two validations.
+The plain loop takes a step before each step of the Trainer, with a network of the same size, the same
+batches and the same optimizer, because the load of a machine varies more than the difference
+measured here. The Trainer has the usual progress bar, logging and checks. Validation is not counted,
+since a plain loop would have to validate too, but the two checkpoints written at each validation are:
+their time is divided among the steps between two validations.
 
     python tests/benchmarks/overhead.py --config configs/cpu.yaml --steps 300
     python tests/benchmarks/overhead.py --config configs/base.yaml --steps 12
 
-Several ranks are compared with plain DistributedDataParallel, in the first of them:
+Several ranks are compared with plain DistributedDataParallel, measured on rank 0:
 
     python tests/benchmarks/overhead.py --steps 100 -- --trainer.accelerator cpu --trainer.strategy ddp \\
         --trainer.devices 2 --data.batch_size 16 --trainer.max_time 00:01:00:00
@@ -29,34 +29,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chargpt.cli.train import TrainingCLI
 from chargpt.data import CharDataModule
-from chargpt.data.module import ORDERS
 from chargpt.training import GPTModule
 
-CHECKPOINTS = 2  # at a validation: the last one, and the best one if it is
+CHECKPOINTS = 2  # per validation: last.ckpt and best.ckpt
 WARM_UP_STEPS = 2
 
 
 class PlainLoop:
-    """Training without Lightning, a step at a time.
+    """Training without Lightning, one step at a time.
 
     Args:
-        module: knows its trainer; its network and its optimizer are made once more.
-        data: gives the blocks.
+        module: attached to a trainer; a second network and optimizer are built with its settings.
+        data: provides the training sequences.
     """
 
     def __init__(self, module: GPTModule, data: CharDataModule) -> None:
-        trained = module.gpt
+        original = module.gpt
         module.build(data.vocabulary)
         self.optimizer = module.configure_optimizers()
-        self.gpt, module.gpt = module.gpt, trained
+        self.gpt, module.gpt = module.gpt, original
         if torch.distributed.is_initialized():
             self.gpt = DistributedDataParallel(self.gpt)
-        h, place = data.hparams, data.rank_and_world_size
-        Blocks = ORDERS[h.order]
-        blocks = Blocks(data.train_tokens, h.block_size, h.batch_size, h.seed, *place)
         if module.config.compile:
             self.gpt.compile()
-        self.batches = iter(blocks)
+        self.batches = iter(data.train_dataloader().dataset)
 
     def step(self) -> None:
         batch = next(self.batches).long()
@@ -79,23 +75,23 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=Path("configs/cpu.yaml"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
+    parser.add_argument("flags", nargs="*", help="additional flags for `fit`, after --")
     options = parser.parse_args()
     trainer_s, plain_s = [], []
-    loop, plain_ended = None, 0.0
+    loop, plain_end = None, 0.0
     training_step = GPTModule.training_step
 
-    def step_after_a_plain_one(module: GPTModule, batch, batch_idx):
-        nonlocal loop, plain_ended
+    def alternating_step(module: GPTModule, batch, batch_idx):
+        nonlocal loop, plain_end
         if loop is None:
             loop = PlainLoop(module, module.trainer.datamodule)
         else:
-            trainer_s.append(time.perf_counter() - plain_ended)
+            trainer_s.append(time.perf_counter() - plain_end)
         plain_s.append(seconds(loop.step))
-        plain_ended = time.perf_counter()
+        plain_end = time.perf_counter()
         return training_step(module, batch, batch_idx)
 
-    GPTModule.training_step = step_after_a_plain_one
+    GPTModule.training_step = alternating_step
     config = options.config.absolute()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -131,9 +127,9 @@ def report(
 ) -> None:
     saving_s = CHECKPOINTS * checkpoint_s / interval
     print(
-        f"{len(plain_s)} steps of each, medians: Trainer {statistics.median(trainer_s) * 1e3:.1f} ms, "
+        f"{len(plain_s)} steps each, medians: Trainer {statistics.median(trainer_s) * 1e3:.1f} ms, "
         f"plain loop {statistics.median(plain_s) * 1e3:.1f} ms; "
-        f"checkpoints {saving_s * 1e3:.2f} ms a step ({checkpoint_s:.3f} s each)"
+        f"checkpoints {saving_s * 1e3:.2f} ms per step ({checkpoint_s:.3f} s each)"
     )
     parts = [
         slice(i, i + len(plain_s) // 6) for i in range(0, len(plain_s) // 6 * 6, len(plain_s) // 6)
@@ -144,8 +140,8 @@ def report(
             for part in parts
         ]
         print(
-            f"speed of the Trainer as a share of the plain loop's, {name} checkpoints: "
-            f"median {statistics.median(ratios):.3f} of six parts (from {min(ratios):.3f} to {max(ratios):.3f})"
+            f"speed of the Trainer relative to the plain loop, {name} checkpoints: "
+            f"median {statistics.median(ratios):.3f} of six parts ({min(ratios):.3f} to {max(ratios):.3f})"
         )
 
 

@@ -1,11 +1,11 @@
-"""The exported page in headless Chromium: is it right, how large is it, how fast does it write?
+"""The exported page in headless Chromium: correctness, size and speed.
 
     python tests/benchmarks/page.py                     # the sizes of cpu.yaml, laptop.yaml, base.yaml
     python tests/benchmarks/page.py --sizes laptop --chars 500 --seeds 5
 
-The networks have random weights. Texts are compared with what `predict` writes with the weights as
-the page has them. Times are taken in the page, on its own clock: from the click to the characters'
-arrival, and the longest time for which the page would not have answered while it wrote.
+The networks have random weights. Texts are compared with Python's, for weights rounded as in the page.
+Times are measured in the page: from the click to the arrival of characters, and the longest time for
+which the page's event loop was blocked during generation.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CHARACTERS = "\n " + "".join(map(chr, range(33, 96)))  # as many as tiny Shakesp
 PROMPT = "THE PAGE WRITES. "
 CHECKPOINT = {"datamodule_hyper_parameters": {}, "global_step": 0}
 
-# What is measured in the page: the times of what arrives, and the gaps between two turns of its loop.
+# Measured in the page: arrival times of messages, and gaps between iterations of the event loop.
 WATCH = """
 window.times = {gaps: [], texts: []};
 const {text: on_text, ended: on_ended} = answers;
@@ -72,7 +72,7 @@ select(position);
 
 
 def make_generator(name: str) -> TextGenerator:
-    """A network of a configuration's size, whose random weights let each layer matter."""
+    """A network of a configuration's size with random weights, large enough that each layer matters."""
     settings = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text("utf-8"))
     known = GPTConfig.__dataclass_fields__.keys()
     model = {key: value for key, value in settings["model"].items() if key in known}
@@ -117,9 +117,9 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
     )
     size = path.stat().st_size
     print(
-        f"  {size:,} bytes: {(size - 60_000) / (2 * count):.3f} times the float16 weights, and 60,000"
+        f"  {size:,} bytes: {(size - 60_000) / (2 * count):.3f} times the float16 weights, plus 60,000"
     )
-    print(f"  open and ready after {opened:.2f} s")
+    print(f"  loaded in {opened:.2f} s")
 
     page.driver.execute_script(WATCH)
     speeds, firsts, gaps, same = [], [], [], 0
@@ -139,12 +139,12 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
         speeds.append(1000 * chars / (times["ended"] - times["start"]))
         firsts.append(times["texts"][0] - times["start"])
         gaps.append(max(times["gaps"]))
-        written = page.js("text.characters.join('')")
-        same += written == generator.complete(PROMPT, max_new_chars=chars, **chosen)
-    print(f"  {same} of {len(settings)} texts of {chars} characters are predict's")
+        text = page.js("text.characters.join('')")
+        same += text == generator.complete(PROMPT, max_new_chars=chars, **chosen)
+    print(f"  {same} of {len(settings)} texts of {chars} characters equal those of Python")
     print(f"  {max(speeds):.0f} characters per second ({min(speeds):.0f} to {max(speeds):.0f})")
     print(
-        f"  first character after {max(firsts):.0f} ms, the page answers within {max(gaps):.0f} ms"
+        f"  first character after {max(firsts):.0f} ms, event loop blocked for at most {max(gaps):.0f} ms"
     )
 
     page.fill("#prompt", (PROMPT * 100)[: gpt.config.block_size])
@@ -160,14 +160,16 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
     page.click("input[value=attention]")
     read = page.js("times.ended - times.start")
     look = page.driver.execute_async_script(LOOK, 900)
-    print(f"  1,000 characters read: surprises after {read:.0f} ms, attention {look:.0f} ms later")
+    print(f"  1,000 characters scored in {read:.0f} ms, attention weights in {look:.0f} ms")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["cpu", "laptop", "base"])
-    parser.add_argument("--chars", type=int, default=500, help="characters of a text")
-    parser.add_argument("--seeds", type=int, default=5, help="texts at temperature 0.8, top_k 20")
+    parser.add_argument("--chars", type=int, default=500, help="characters per text")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="number of texts at temperature 0.8, top_k 20"
+    )
     arguments = parser.parse_args()
     if reason := chromium.missing():
         raise SystemExit(reason)

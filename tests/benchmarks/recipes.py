@@ -1,4 +1,4 @@
-"""Validation loss against seconds of training, in one run on one machine.
+"""Validation loss as a function of training time, for several configurations on one machine.
 
     python tests/benchmarks/recipes.py compare --seeds 3 --json out.json
     python tests/benchmarks/recipes.py compare --configs configs/cpu.yaml configs/laptop.yaml --seeds 1
@@ -6,10 +6,9 @@
     python tests/benchmarks/recipes.py ablate --config configs/cpu.yaml --steps 250 --seeds 3
     python tests/benchmarks/recipes.py plot out.json --picture curves.png      # needs matplotlib
 
-Each run is a `python -m chargpt fit` as a user would start it. Seconds are those of training
-alone: validation, text samples and checkpoints, which all happen at a validation, are counted
-separately and stated. `compare` begins with the reference: nanoGPT's CPU recipe on the textbook
-model, unless told otherwise.
+Each run is a `python -m chargpt fit` as a user would start it. Training time excludes validation,
+text samples and checkpoints, which all happen at validations and are reported separately.
+`compare` starts with the reference, by default nanoGPT's CPU settings on the textbook model.
 """
 
 import argparse
@@ -30,29 +29,28 @@ HERE = Path(__file__).resolve().parent
 NANOGPT = HERE / "nanogpt-cpu.yaml"
 CPU = HERE.parents[1] / "configs" / "cpu.yaml"
 
-# What is taken away from a configuration, or put into it, one at a time.
+# Changes to a configuration, one at a time.
 ABLATIONS = {
-    "the whole recipe": [],
+    "the full recipe": [],
     "learned positions instead of rotary": ["--model.position=learned"],
-    "LayerNorm as the textbook has it": ["--model.norm=layer"],
+    "LayerNorm as in the textbook": ["--model.norm=layer"],
     "biases": ["--model.bias=true"],
-    "ReLU squared": ["--model.activation=relu2"],
-    "zero initialization": ["--model.zero_init=true"],
-    "sequences that begin anywhere": ["--data.order=random"],
+    "squared ReLU": ["--model.activation=relu2"],
+    "sequences at random offsets": ["--data.order=random"],
     "no n-gram embeddings": ["--model.ngrams=null"],
-    "n-grams of three characters alone": ["--model.ngrams={3: 8192}"],
-    "no n-gram left out": ["--model.ngram_dropout=0"],
+    "only n-grams of three characters": ["--model.ngrams={3: 8192}"],
+    "no n-gram dropout": ["--model.ngram_dropout=0"],
     "no weight decay": ["--model.weight_decay=0"],
-    "AdamW's usual eps": ["--model.eps=1e-8"],
+    "AdamW's default eps": ["--model.eps=1e-8"],
     "no second target": ["--model.second_target=0"],
-    "no growing context": ["--model.short_contexts=null"],
-    "AdamW alone": ["--model.muon_lr=null"],
+    "full context from the start": ["--model.short_contexts=null"],
+    "AdamW alone": ["--model.optimizer=adamw", "--model.muon_lr=null"],
     "constant learning rate": ["--model.schedule=constant"],
 }
 
 
 class Clock(Callback):
-    """Seconds of training and of validation, and the loss at each validation."""
+    """Records the loss at each validation, with the training time until then, and validation time."""
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.start = time.perf_counter()
@@ -74,12 +72,14 @@ class MeasuredCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         self.clock = Clock()
-        trainer.callbacks.append(self.clock)  # last: what others do at a validation is not training
+        trainer.callbacks.append(
+            self.clock
+        )  # last, to exclude what other callbacks do at validation
         return trainer
 
 
 def run(config: Path, seed: int, flags: list[str]) -> dict[str, Any]:
-    """Train once in a temporary folder; returns the curve and what it cost."""
+    """Train once in a temporary folder and return the curve and the times."""
     home, config = Path.cwd(), config.absolute()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         os.chdir(folder)
@@ -117,14 +117,14 @@ def show(title: str, runs: list[dict[str, Any]]) -> None:
 
 
 def seconds_to(loss: float, run: dict[str, Any]) -> float | None:
-    """Seconds of training until a validation first gave this loss or less."""
+    """Training time until the first validation with at most this loss."""
     return next((seconds for _, seconds, value in run["curve"] if value <= loss), None)
 
 
 def compare(options: argparse.Namespace) -> None:
     reference_config = options.reference
     configs = [reference_config, *options.configs]
-    # In turns, since the speed of a machine wanders.
+    # Alternate between configurations, because the speed of a machine varies.
     runs = [
         run(config, seed, options.flags)
         for seed in range(1, options.seeds + 1)
@@ -139,24 +139,24 @@ def compare(options: argparse.Namespace) -> None:
         times = [seconds_to(target, r) for r in runs if r["config"] == config.stem]
         if all(times):
             print(
-                f"{config.stem} reaches {target:.4f}, where {reference_config.stem} ends, after "
-                f"{statistics.median(times):.1f} s: 1/{whole / statistics.median(times):.1f} of its time"
+                f"{config.stem} reaches {target:.4f}, the final loss of {reference_config.stem}, after "
+                f"{statistics.median(times):.1f} s: 1/{whole / statistics.median(times):.1f} of the time"
             )
     if options.json:
         options.json.write_text(json.dumps(runs))
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """At equal steps, since a machine's speed wanders; what a step costs is in the seconds."""
+    """Compare at equal steps, because the speed of a machine varies; times are reported as well."""
     steps = [
         f"--trainer.max_steps={options.steps}",
         f"--trainer.val_check_interval={options.steps}",
     ]
     flags = [*steps, *options.flags]
-    for title, removed in ABLATIONS.items():
+    for title, changes in ABLATIONS.items():
         show(
             title,
-            [run(options.config, seed, flags + removed) for seed in range(1, options.seeds + 1)],
+            [run(options.config, seed, flags + changes) for seed in range(1, options.seeds + 1)],
         )
 
 
@@ -192,7 +192,7 @@ def main() -> None:
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(command=command)
         sub.add_argument("--seeds", type=int, default=3)
-        sub.add_argument("flags", nargs="*", help="further flags for `fit`, after --")
+        sub.add_argument("flags", nargs="*", help="additional flags for `fit`, after --")
         if command is compare:
             sub.add_argument("--reference", type=Path, default=NANOGPT)
             sub.add_argument("--configs", type=Path, nargs="+", default=[CPU])

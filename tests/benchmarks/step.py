@@ -60,10 +60,10 @@ class Step:
 
     def forward_backward(self, batch: torch.Tensor) -> None:
         ids, targets = batch[:, :-1], batch[:, 1:]
-        features = self.module.features(self.gpt, ids)
-        loss = self.module.loss(features, targets)
+        hidden = self.module.hidden_states(self.gpt, ids)
+        loss = self.module.loss(hidden, targets)
         if self.module.second_head is not None:
-            loss = loss + self.module.second_loss(features, targets)
+            loss = loss + self.module.second_loss(hidden, targets)
         loss.backward()
 
     def update(self) -> None:

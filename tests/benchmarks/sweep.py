@@ -1,11 +1,10 @@
-"""A sweep: short runs over learning rates (or whatever else you name), and a table, best first.
+"""A sweep: short runs over learning rates or other settings, and a table of losses, best first.
 
     python tests/benchmarks/sweep.py --config cpu --steps 100
     python tests/benchmarks/sweep.py --config cpu --steps 100 --set model.lr=3e-3,6e-3 model.n_layer=2,3
 
-All combinations are run, one after the other: two settings of a few values each are all that a
-person changes at a time, and a run of few steps already orders learning rates. Each is a
-`python -m chargpt fit` of its own, in a temporary folder, with the same seed and so the same batches.
+Runs all combinations one after another. A run of a few steps is enough to rank learning rates. Each
+is a separate `python -m chargpt fit` in a temporary folder, with the same seed and so the same batches.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 
 
 def val_loss(config: str, steps: int, flags: list[str]) -> float:
-    """Train in a process of its own, so that a run which diverges ends nothing but itself."""
+    """Train in a separate process, so that a diverging run does not end the sweep."""
     if Path(config).is_file():
         config = str(Path(config).resolve())
     fit = [sys.executable, "-m", "chargpt", "fit", f"--config={config}", *flags]
@@ -46,7 +45,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    commas = re.compile(r",(?![^{\[]*[}\]])")  # not those within {2: 8192, 3: 8192}
+    commas = re.compile(r",(?![^{\[]*[}\]])")  # not those inside {2: 8192, 3: 8192}
     pairs = [setting.partition("=") for setting in options.set]
     choices = [(name, commas.split(values)) for name, _, values in pairs]
     names = [name for name, _ in choices]

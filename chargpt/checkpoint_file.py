@@ -1,0 +1,141 @@
+"""Safe reading of checkpoint files: tensors and plain values, whoever wrote the file.
+
+`torch.load(weights_only=True)` runs no code, but lets a file of a kilobyte allocate all memory
+(compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks here bound what a file
+can contain by its size.
+"""
+
+import pickletools
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chargpt.model import UserError
+
+MAX_PICKLE_BYTES = 4 << 20  # of all but the tensors' data; about 140 bytes per tensor
+MAX_TUPLES = 40_000  # three per tensor; hashing one that is nested deeper overflows the C stack
+MAX_DEPTH = 20  # of nested collections; Lightning's loops need 8
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+
+
+def read_tensors_and_plain_values(path: Path) -> Any:
+    """Load a file written by `torch.save` onto the CPU.
+
+    No code runs, and memory stays proportional to the size of the file. The result contains dicts,
+    lists, tuples, strings, numbers, booleans, None, and dense, contiguous tensors.
+
+    Raises:
+        UserError: the file cannot be opened, is damaged, or contains anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickle_bytes = check_archive(archive, path.stat().st_size)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(content, max_values=pickle_bytes, max_bytes=2 * path.stat().st_size)
+        return content
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        reason = error if isinstance(error, UserError) else "is truncated or damaged"
+        raise UserError(
+            f"the checkpoint {path} {reason}\nchoose another one with --ckpt_path PATH"
+        ) from error
+
+
+def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
+    """Check the records before anything is loaded; returns the length of the pickle in bytes."""
+    entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > file_size:
+        raise UserError("contains more data than its size: torch.save did not write it")
+    (entry,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+    if entry.file_size > MAX_PICKLE_BYTES:
+        raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB beside the data of tensors")
+    tuples = 0
+    for opcode, name, _ in pickletools.genops(archive.read(entry)):
+        tuples += opcode.name.startswith("TUPLE")
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not (
+            name in GLOBALS or str(name).startswith("torch ") and str(name).endswith("Storage")
+        ):
+            raise UserError(f"contains {name}: only tensors and plain values are read, no code")
+    if tuples > MAX_TUPLES:
+        raise UserError("contains too many tuples")
+    return entry.file_size
+
+
+def check_values(root: Any, max_values: int, max_bytes: int) -> None:
+    """Check every value. Shared ones count each time, so nested sharing cannot grow without end.
+
+    Raises:
+        UserError: a tensor is not dense and contiguous, or the values are nested too deeply, too
+            many, or larger together than `max_bytes`.
+    """
+    stack = [(root, 0)]
+    while stack:
+        value, depth = stack.pop()
+        children: list[Any] = []
+        if isinstance(value, dict):
+            children = [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            children = list(value)
+        elif isinstance(value, Tensor):
+            max_bytes -= max(value.nbytes, value.untyped_storage().nbytes())
+            if not value.is_contiguous() or value.is_quantized or value.requires_grad:
+                raise UserError("contains a tensor that is not plain and contiguous")
+        elif not isinstance(value, (str, int, float, bytes, type(None))):
+            raise UserError(f"contains a {type(value).__name__}")
+        max_values -= len(children)
+        if max_values < 0 or max_bytes < 0 or depth > MAX_DEPTH:
+            raise UserError("contains values that are shared or nested without end")
+        stack += [(child, depth + 1) for child in children]
+
+
+def check_weights(weights: dict[str, Any], source: str | Path) -> None:
+    """Check that all weights are tensors of finite numbers of one floating-point type.
+
+    Raises:
+        UserError: they are not.
+    """
+    for name, weight in weights.items():
+        check_finite(weight, f"{source}: the weight {name}")
+    if len({weight.dtype for weight in weights.values()}) > 1:
+        raise UserError(f"{source}: the weights have several types; they must have one")
+
+
+def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> None:
+    """Check that saved state fits the parameters: fused AdamW crashes on tensors of other shapes.
+
+    Args:
+        state: what the `state_dict` of an optimizer returned, whose only scalar is `step`.
+        groups: the parameters of the optimizer now, by group; saved ones correspond by position.
+
+    Raises:
+        UserError: a value is not a finite tensor of its parameter's shape.
+    """
+    try:
+        saved = [list(group["params"]) for group in state["param_groups"]]
+        values = {id: dict(value) for id, value in state["state"].items()}
+        ids = dict.fromkeys(id for group in saved for id in group)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError("the optimizer state in the checkpoint is damaged") from error
+    parameters = [parameter for group in groups for parameter in group]
+    sizes = [len(group) for group in groups]
+    if [len(group) for group in saved] != sizes or len(ids) < sum(sizes) or values.keys() - ids:
+        raise UserError("the optimizer state in the checkpoint belongs to other parameters")
+    for id, parameter in zip(ids, parameters):
+        for name, value in values.get(id, {}).items():
+            check_finite(value, f"the optimizer's {name}")
+            shape = [] if name == "step" else list(parameter.shape)
+            if list(value.shape) != shape:
+                raise UserError(f"the optimizer's {name} is {list(value.shape)}, not {shape}")
+
+
+def check_finite(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise UserError(f"{name} is not a floating-point tensor")
+    if not value.isfinite().all():
+        raise UserError(f"{name} is not finite")

@@ -1,0 +1,118 @@
+"""The datasets: which sequences are read, in which order, on which rank.
+
+All yield whole batches (B, T + 1) of ids: the first T of a sequence are the inputs, the last T the
+targets. Ids keep their narrow type until they are on the device.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+
+@dataclass(eq=False)
+class RandomSequences(IterableDataset[Tensor]):
+    """Random training sequences without end: batch k is a pure function of (seed, k).
+
+    All ranks draw the same global batch of `world_size * batch_size` sequences, without repetition
+    if the text is long enough, and each takes its slice.
+    """
+
+    tokens: np.ndarray  # ids of the training split, (N,)
+    block_size: int  # T, the maximum context
+    batch_size: int  # B, sequences in the batch of one rank
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    start_batch: int = 0  # k of the first batch
+
+    def starts(self, k: int) -> np.ndarray:
+        """First positions of the sequences in the global batch k, (world_size * B,)."""
+        n_starts = len(self.tokens) - self.block_size
+        size = self.world_size * self.batch_size
+        random = np.random.default_rng((self.seed, k))
+        return random.choice(n_starts, size, replace=size > n_starts)
+
+    def __getitem__(self, k: int) -> Tensor:
+        local = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return read_sequences(self.tokens, self.starts(k)[local], self.block_size + 1)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        offset, stride = worker_share()
+        return (self[k] for k in itertools.count(self.start_batch + offset, stride))
+
+
+@dataclass(eq=False)
+class EpochSequences(RandomSequences):
+    """Training sequences by epochs: in an epoch each character is a target at most once.
+
+    Each epoch draws an offset below block_size, which cuts the split into sequences (less than two
+    of them are left over at its ends), and their order, 8 bytes per sequence.
+    """
+
+    def starts(self, k: int) -> np.ndarray:
+        n_sequences = max(1, len(self.tokens) // self.block_size - 1)  # for any offset
+        size = self.world_size * self.batch_size
+        epochs, positions = np.divmod(np.arange(k * size, (k + 1) * size), n_sequences)
+        offsets = min(self.block_size, len(self.tokens) - n_sequences * self.block_size)
+        starts = []
+        for epoch in np.unique(epochs).tolist():
+            offset, order = draw_epoch(self.seed, epoch, offsets, n_sequences)
+            starts.append(offset + self.block_size * order[positions[epochs == epoch]])
+        return np.concatenate(starts)
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def draw_epoch(seed: int, epoch: int, offsets: int, n_sequences: int) -> tuple[int, np.ndarray]:
+    """The start of an epoch's first sequence, below `offsets`, and the order of all sequences."""
+    random = np.random.default_rng((seed, epoch))
+    return int(random.integers(offsets)), random.permutation(n_sequences)
+
+
+@dataclass(eq=False)
+class EvaluationSequences(IterableDataset[Tensor]):
+    """Consecutive sequences whose targets are characters 2 to N of a split, each exactly once.
+
+    Nothing is padded: a shorter last sequence is a batch of its own. The ranks take sequences in
+    turn; one without any yields an empty batch, since all must take part in a validation.
+    """
+
+    tokens: np.ndarray
+    block_size: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def starts(self) -> list[np.ndarray]:
+        """First positions of the sequences, for each batch of this rank."""
+        n_full, tail = divmod(len(self.tokens) - 1, self.block_size)
+        local = np.arange(self.rank, n_full, self.world_size) * self.block_size
+        batches = [local[i : i + self.batch_size] for i in range(0, len(local), self.batch_size)]
+        if tail and n_full % self.world_size == self.rank:
+            batches.append(np.array([n_full * self.block_size]))
+        return batches or [local]  # one empty batch
+
+    def __len__(self) -> int:
+        return len(self.starts())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        offset, stride = worker_share()
+        for starts in self.starts()[offset::stride]:
+            length = min(self.block_size + 1, len(self.tokens) - starts.max(initial=0))
+            yield read_sequences(self.tokens, starts, length)
+
+
+def read_sequences(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+    """Copy the sequences of `length` ids that begin at `starts`, (B, length)."""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)])
+
+
+def worker_share() -> tuple[int, int]:
+    """First batch and stride of this DataLoader worker; the loader reads its workers in turn."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)

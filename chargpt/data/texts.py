@@ -1,0 +1,148 @@
+"""Resolving a corpus: a named text, a UTF-8 file, or a folder of .txt files.
+
+A named text is stored at `<data_dir>/<name>/input.txt`. tiny-shakespeare is downloaded,
+python-reference comes with Python, and users may add others.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import sys
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from chargpt.atomic_file import atomic_write
+from chargpt.model import UserError
+
+TIMEOUT_S = 15  # of a download: to connect, and between two packets
+
+
+class UnavailableError(UserError):
+    """A known named text is unavailable, the one case in which a fallback text is used."""
+
+
+class TextFile(NamedTuple):
+    path: str
+    size: int  # in bytes, and the time, when the corpus was resolved
+    mtime_ns: int
+
+
+class TextSource(NamedTuple):
+    """A text whose files exist but have not been read yet."""
+
+    name: str  # the named text, or the path as the user gave it
+    path: Path  # its file or folder, absolute
+    files: list[TextFile]  # in reading order
+    token_file: Path  # where its ids are stored
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def resolve_corpus(
+    corpus: str, data_dir: str | Path | None = None, fallback: str | None = None
+) -> TextSource:
+    """Find a text by its name or path; an unavailable named text is replaced by `fallback`."""
+    try:
+        folder = absolute(data_dir or os.environ.get("CHARGPT_DATA_DIR") or cache_dir())
+        return locate(corpus, folder)
+    except UnavailableError as error:
+        if fallback is None or fallback == corpus:
+            raise
+        message = f"{corpus} is unavailable, so {fallback} is used instead\n{error}"
+        warnings.warn(message, stacklevel=2)
+    return resolve_corpus(fallback, data_dir)
+
+
+def locate(corpus: str, data_dir: Path) -> TextSource:
+    path, stored = absolute(corpus), data_dir / corpus / "input.txt"
+    if corpus in NAMED_TEXTS or not os.path.exists(path):
+        path = stored
+    if corpus in NAMED_TEXTS and not path.exists():
+        data = NAMED_TEXTS[corpus](path)
+        with atomic_write(path) as file:
+            file.write(data)
+    if not (corpus and os.path.exists(path)):
+        names = {*NAMED_TEXTS, *(text.parent.name for text in data_dir.glob("*/input.txt"))}
+        raise UserError(
+            f"there is no text {corpus!r}, neither a path nor a name in {data_dir}\n"
+            f"choose a file, a folder of .txt files, or one of {', '.join(sorted(names))}"
+        )
+    if str(path).encode(errors="replace").decode() != str(path):  # loggers could not record it
+        raise UserError(f"the path {str(path)!r} is not UTF-8\nrename the file or folder")
+    files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
+    if not files:
+        raise UserError(f"there is no .txt file in {path}\nchoose another folder or a text file")
+    # The hash makes the name of the token file unique; the stem lets a person recognize it.
+    state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    token_file = data_dir / "tokens" / f"{path.stem[:40]}-{state}.npy"
+    return TextSource(corpus, path, files, token_file)
+
+
+def find_files(path: Path, visited: set[str]) -> Iterator[TextFile]:
+    """The file at `path`, or the .txt files of the folder there, each once; links are followed.
+
+    Names in folders that begin with a dot and __MACOSX are skipped: they are often copies.
+    """
+    real = os.path.realpath(path)
+    if real in visited:
+        return
+    visited.add(real)
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            hidden = child.name.startswith(".") or child.name == "__MACOSX"
+            if not hidden and (child.is_dir() or child.suffix.lower() == ".txt"):
+                yield from find_files(child, visited)
+    elif path.is_file():
+        status = path.stat()
+        yield TextFile(str(path), status.st_size, status.st_mtime_ns)
+    else:
+        raise UserError(f"{path} is neither a file nor a folder\nchoose a text file")
+
+
+def absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def cache_dir() -> Path:
+    return absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "chargpt"
+
+
+def download(path: Path, url: str, size: int, sha256: str) -> bytes:
+    """The text at `url`. An error advises to save it at `path`."""
+    print(f"downloading {url}", file=sys.stderr)
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            data = response.read(size + 1)  # bounded, whatever the server sends
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise OSError(f"the {len(data):,} bytes received have the wrong SHA-256")
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error).strip("<>")
+        raise UnavailableError(
+            f"cannot download {url}: {reason}\ndownload it yourself and save it as {path}"
+        ) from error
+    return data
+
+
+def python_reference(path: Path) -> bytes:
+    """The language reference, which Python includes for `help`."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[key] for key in sorted(topics)).encode()
+
+
+NAMED_TEXTS: dict[str, Callable[[Path], bytes]] = {  # what to store at a path if nothing is there
+    "tiny-shakespeare": partial(
+        download,
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        size=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "python-reference": python_reference,
+}

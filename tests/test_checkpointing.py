@@ -1,0 +1,189 @@
+"""training/checkpointing.py: the folder of a run, moved runs, users' own periodic checkpoints."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import assert_same, last, make_data, make_module, make_trainer
+
+from chargpt.checkpoints import LOGS, read_checkpoint
+from chargpt.model import UserError
+from chargpt.training.checkpointing import localize_paths
+
+RUN = Path(LOGS, "version_0")
+RESUME = ("fit", "--ckpt_path=last", "--trainer.max_steps=12")
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A folder with a run of 8 steps, which the test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def train(folder: Path, *callbacks, ckpt_path=None, data=None, **settings) -> dict:
+    """The checkpoint at the end of a run in `folder`."""
+    folder.mkdir(exist_ok=True)
+    data = make_data(folder, **data or {})
+    make_trainer(folder, *callbacks, **settings).fit(make_module(), data, ckpt_path=ckpt_path)
+    return read_checkpoint(last(folder))
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+# ---- the folder of a run ----
+
+
+def test_a_second_process_in_the_same_folder_is_refused(run, command):
+    """And it changes no file there: CSVLogger would replace the metrics of the first."""
+    (run / RUN / "metrics.csv").write_text("step,val_loss\n1,2.0\n")
+    loggers = [f"--trainer.logger+={name}Logger" for name in ("TensorBoard", "CSV")]
+    with FileLock(run / RUN / ".lock"):
+        before = snapshot(run / RUN)
+        result = command(run, *RESUME, *loggers)
+        assert result.status == 1
+        assert "error: another process is training in" in result.err
+        assert snapshot(run / RUN) == before
+    result = command(run, *RESUME)
+    assert result.status == 0, result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_process_leaves_neither_a_lock_nor_a_temporary_file(run, command):
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from chargpt.atomic_file import atomic_write\n"
+        "from chargpt.training.checkpointing import RunCheckpoint\n"
+        "callback = RunCheckpoint(Path(sys.argv[1]))\n"
+        "callback.acquire_lock()\n"
+        "with atomic_write(callback.path('last.ckpt')) as file:\n"
+        "    file.write(b'half')\n"
+        "    file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(run / RUN)]
+    killed = subprocess.run(arguments, cwd=Path(__file__).parents[1])
+    assert killed.returncode == -signal.SIGKILL
+    assert (run / RUN / ".lock").exists()
+    assert len(list(run.rglob("*.tmp"))) == 1
+    result = command(run, *RESUME)
+    assert result.status == 0, result.err
+    assert list(run.rglob("*.tmp")) == []
+
+
+def test_a_file_system_without_locks_can_be_trained_on(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    assert train(tmp_path, max_steps=1)["global_step"] == 1
+
+
+def test_a_command_that_cannot_resume_does_not_change_the_run(run, command):
+    before = snapshot(run / RUN)
+    result = command(run, *RESUME, "--data.corpus=none.txt")
+    assert (result.status, "there is no text" in result.err) == (1, True), result.err
+    assert {path for path in (run / RUN).rglob("*") if path.name != ".lock"} == {
+        path for path in before if path.name != ".lock"
+    }
+    assert (run / RUN / "config.yaml").read_bytes() == before[run / RUN / "config.yaml"]
+
+
+def test_a_new_run_that_saves_nothing_leaves_no_folder(folder, command):
+    result = command(folder, "fit", "--config=tiny.yaml", "--data.block_size=4000")
+    assert result.status == 1
+    assert not (folder / LOGS).exists()
+
+
+# ---- runs that were moved ----
+
+
+@pytest.mark.parametrize("place", [f"{LOGS}/renamed", "elsewhere/renamed"])
+def test_a_moved_run_resumes_in_its_folder_and_keeps_its_best(run, command, place):
+    curves = len(list((run / RUN).glob("events.out*")))
+    (run / place).parent.mkdir(exist_ok=True)
+    (run / RUN).rename(run / place)
+    path = last(run / place)
+    best = path.with_name("best.ckpt")
+    before = best.read_bytes()
+    # This learning rate spoils the network, so no later score is better.
+    result = command(run, "fit", f"--ckpt_path={path}", *RESUME[2:], "--model.lr=1.0")
+    assert result.status == 0, result.err
+    assert read_checkpoint(path)["global_step"] == 12
+    assert best.read_bytes() == before
+    assert str(best) in result.err
+    assert not list(run.glob(f"{LOGS}/version_*"))
+    assert len(list((run / place).glob("events.out*"))) > curves
+
+
+def test_a_lone_checkpoint_starts_a_run_of_its_own(run, command):
+    lone = run / "models" / "last.ckpt"
+    lone.parent.mkdir()
+    shutil.move(last(run / RUN), lone)
+    before = snapshot(run / RUN), lone.read_bytes()
+    result = command(run, "fit", f"--ckpt_path={lone}", "--trainer.max_steps=12")
+    assert result.status == 0, result.err
+    assert (snapshot(run / RUN), lone.read_bytes()) == before
+    assert read_checkpoint(last(run / LOGS / "version_1"))["global_step"] == 12
+    assert last(run / LOGS / "version_1").with_name("best.ckpt").exists()
+
+
+@pytest.mark.parametrize("path", ["/far/away/a.ckpt", "..\\up\\a.ckpt", "../../a.ckpt", "a.ckpt"])
+def test_paths_in_a_callback_state_become_files_in_its_folder(path):
+    state = dict(
+        dirpath="/far/away",
+        best_model_path=path,
+        last_model_path="",
+        kth_best_model_path=path,
+        best_k_models={path: torch.tensor(1.0)},
+    )
+    localize_paths(state, "here")
+    local = str(Path("here", "a.ckpt"))
+    assert state == dict(
+        dirpath="here",
+        best_model_path=local,
+        last_model_path="",
+        kth_best_model_path=local,
+        best_k_models={local: torch.tensor(1.0)},
+    )
+
+
+# ---- users' own periodic checkpoints ----
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_periodic_checkpoint_is_resumed_exactly_or_refused(tmp_path, accumulate, step):
+    """Validations are due after steps 4 and 8, when `every_n_train_steps` saves before them."""
+    settings = dict(accumulate_grad_batches=accumulate)
+    own = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="own-{step}")
+    whole = train(tmp_path / "whole", own, **settings)
+    path = last(tmp_path / "whole").with_name(f"own-step={step}.ckpt")
+    data = dict(corpus=str(tmp_path / "whole" / "text.txt"))
+    again = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="own-{step}")
+    if step in (4, 8):
+        with pytest.raises(UserError, match="cannot be resumed exactly"):
+            train(tmp_path / "parts", again, ckpt_path=path, data=data, **settings)
+        return
+    parts = train(tmp_path / "parts", again, ckpt_path=path, data=data, **settings)
+    for key in ("global_step", "state_dict", "optimizer_states"):
+        assert_same(whole[key], parts[key])
+    assert whole["chargpt"]["val_loss"] == parts["chargpt"]["val_loss"]
+
+
+def test_a_checkpoint_within_an_accumulation_is_refused(tmp_path):
+    class Saves(ModelCheckpoint):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 7:  # the second of the three batches of step 3
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    train(tmp_path, Saves(save_top_k=0), accumulate_grad_batches=3)
+    with pytest.raises(UserError, match="within an accumulation"):
+        train(tmp_path, ckpt_path=tmp_path / "within.ckpt", accumulate_grad_batches=3)
