@@ -5,6 +5,7 @@
 can contain by its size.
 """
 
+import math
 import pickletools
 import zipfile
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def read_tensors_and_plain_values(path: Path) -> Any:
     except Exception as error:  # zipfile, pickle and torch each raise their own
         reason = error if isinstance(error, UserError) else "is truncated or damaged"
         raise UserError(
-            f"the checkpoint {path} {reason}\nchoose another one with --ckpt_path PATH"
+            f"the checkpoint {path} {reason}\nchoose a different one with --ckpt_path PATH"
         ) from error
 
 
@@ -51,10 +52,10 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > file_size:
-        raise UserError("contains more data than its size: torch.save did not write it")
+        raise UserError("declares more data than the file holds: torch.save did not write it")
     (entry,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
     if entry.file_size > MAX_PICKLE_BYTES:
-        raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB beside the data of tensors")
+        raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB of non-tensor data")
     tuples = 0
     for opcode, name, _ in pickletools.genops(archive.read(entry)):
         tuples += opcode.name.startswith("TUPLE")
@@ -67,7 +68,7 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
     return entry.file_size
 
 
-def check_values(root: Any, max_values: int, max_bytes: int) -> None:
+def check_values(root: Any, max_values: float = math.inf, max_bytes: float = math.inf) -> None:
     """Check every value. Shared ones count each time, so nested sharing cannot grow without end.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Checkpoints: where runs store them, and the network of one.
+"""Checkpoints: where runs store them, and how to load a network from one.
 
 lightning_logs/version_3/checkpoints/best.ckpt    the lowest validation loss so far
-lightning_logs/version_3/checkpoints/last.ckpt    the last step
+lightning_logs/version_3/checkpoints/last.ckpt    after each validation, at the end, and on a signal
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor
 
 import chargpt
 from chargpt.atomic_file import atomic_write
-from chargpt.checkpoint_file import check_weights, read_tensors_and_plain_values
+from chargpt.checkpoint_file import check_values, check_weights, read_tensors_and_plain_values
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.vocabulary import Vocabulary
 
 LOGS = "lightning_logs"
-FOLDER = "checkpoints"  # in the folder of a run
+FOLDER = "checkpoints"  # in a run folder
 BEST = "best.ckpt"
 LAST = "last.ckpt"
 NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
@@ -63,9 +63,12 @@ def new_run(root: str | Path) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to; None for a file stored elsewhere."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == FOLDER else None
+    """The run folder that a checkpoint belongs to; None for a file stored elsewhere."""
+    for folder in checkpoint.absolute().parents[:2]:  # also of one in checkpoints/own
+        run = folder.parent
+        if folder.name == FOLDER and (run.parent.name == LOGS or (run / ".lock").exists()):
+            return run
+    return None
 
 
 def resolve_checkpoint(name: str | Path | None, root: str | Path = ".") -> Path:
@@ -94,8 +97,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         and all(isinstance(checkpoint.get(n, k()), k) for n, k in TRAINING_PARTS.items())
     ):
         raise UserError(
-            f"{path} is not a checkpoint of chargpt {chargpt.__version__}: another version or "
-            "another project wrote it\nread it with the program that wrote it, or train again"
+            f"{path} is not a checkpoint of chargpt {chargpt.__version__}: a different version "
+            "or project wrote it\nread it with the program that wrote it, or train again"
         )
     return checkpoint
 
@@ -139,7 +142,8 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
 def validation_loss(checkpoint: dict[str, Any]) -> float | None:
     """The loss of these weights on the whole validation split; None if it was not measured."""
     ours = checkpoint["chargpt"]
-    loss, limit = ours.get("val_loss"), (ours.get("trainer") or {}).get("limit_val_batches")
+    loss, trainer = ours.get("val_loss"), ours.get("trainer") or {}
+    limit = trainer.get("overfit_batches") or trainer.get("limit_val_batches")
     whole = limit is None or (type(limit) is float and limit == 1.0)  # an int counts batches
     return loss if type(loss) is float and math.isfinite(loss) and whole else None
 
@@ -155,7 +159,7 @@ def describe(vocabulary: Vocabulary) -> dict[str, Any]:
 def checkpoint_of(
     weights: dict[str, Tensor], config: GPTConfig, vocabulary: Vocabulary, **parts: Any
 ) -> dict[str, Any]:
-    """A checkpoint of a network without training state, and with further parts."""
+    """A checkpoint of a network without training state, and with additional parts."""
     return {
         "pytorch-lightning_version": version("lightning"),  # Lightning asks for it when it loads
         "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
@@ -177,8 +181,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint atomically.
 
     Raises:
-        UserError: the file cannot be written; one that was there before is unchanged.
+        UserError: the file cannot be written, or it would contain values that cannot be read; one
+            that was there before is unchanged.
     """
+    try:
+        check_values(checkpoint)
+    except UserError as error:
+        raise UserError(
+            f"cannot save the run: the checkpoint {error}, which is not plain"
+        ) from None
     try:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)

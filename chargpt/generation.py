@@ -31,8 +31,8 @@ class GenerationConfig:
     """Nucleus sampling: sample from the smallest set of most likely characters whose total
     probability reaches top_p (arXiv:1904.09751), after temperature and top_k."""
     stop: list[str] | str | None = field(default_factory=list)
-    """Stop before the first of these strings that is generated. On the command line a list, where
-    \\n is a newline: '["\\n\\n", "THE END"]'."""
+    """Stop when any of these strings is generated; the string itself is not included. On the
+    command line a list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
     """Seed of the random choices."""
     exact_window: bool = False
@@ -159,10 +159,10 @@ def generate(
 ) -> Iterator[list[Chunk]]:
     """Continue all prompts (at least one id each) in one batch, each as if it were alone.
 
-    Yields the new ids after each step. A text is left out if it has none, unless it ends; it ends
-    before the first of `stops` that it generates. `samples` are the numbers of the texts among
-    those of their prompt, 0 by default. The network is in evaluation mode while it computes, and
-    in its own mode between two steps; no random state is used or changed.
+    Each step yields a Chunk per text with new ids, and a final one for each text that finishes. A
+    text ends just before the first stop sequence it generates. `samples[i]` is the index of text i
+    among the samples of its prompt (default 0). The network is in evaluation mode while it computes
+    and in the previous mode between two steps; no random state is used or changed.
     """
     if config.max_new_chars == 0:
         yield [Chunk(row, [], True) for row in range(len(prompts))]
@@ -182,7 +182,7 @@ def generate(
             logits = gpt(newest, cache)[:, -1].to("cpu", torch.float32)
         if not math.isfinite(logits.amax()):
             problem = "the network is broken: its logits are not finite numbers (NaN or infinity)"
-            raise UserError(f"{problem}\nuse another checkpoint")
+            raise UserError(f"{problem}\nuse a different checkpoint")
         uniforms = [uniform(config.seed, text.sample, text.length) for text in texts]
         ids = sample(logits, config, torch.tensor(uniforms, dtype=torch.float64)).tolist()
         chunks = [text.add(id, stops, remaining == 0) for text, id in zip(texts, ids)]
@@ -218,7 +218,7 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequ
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside the `with` statement, then the mode of before."""
+    """Evaluation mode (no dropout) inside the `with` statement, then the previous mode."""
     training = [part for part in module.modules() if part.training] if module.training else []
     for part in training:
         part.training = False

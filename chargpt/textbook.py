@@ -282,7 +282,7 @@ def train() -> None:
     # AdamW keeps two moments per weight: m, the running mean of its gradient, and v, of the squared
     # gradient. The update is lr * m / sqrt(v): about lr where successive gradients agree, less
     # where they disagree. Their scale cancels, so weights with small gradients learn too. Weight
-    # decay shrinks each weight by a factor of lr * 0.01 per step, to keep it from growing
+    # decay multiplies each weight by 1 - lr * 0.01 at every step, to keep it from growing
     # needlessly. It is decoupled (the W): applied to the weight directly, because as part of the
     # gradient it would be divided by sqrt(v) and barely affect weights with large gradients.
     # (This script decays every parameter, for brevity; the engine decays only matrices.)

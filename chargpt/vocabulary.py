@@ -71,7 +71,7 @@ class Vocabulary:
 
         Raises:
             UserError: an id is outside the vocabulary.
-            TypeError: `ids` have another type or more dimensions.
+            TypeError: `ids` have a different type or more dimensions.
         """
         ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
         if ids.size == 0:
@@ -91,8 +91,8 @@ class Vocabulary:
         named = [self._describe(*entry) for entry in list(positions.items())[:MAX_NAMED]]
         if len(positions) > MAX_NAMED:
             named.append(f"and {len(positions) - MAX_NAMED:,} other characters")
-        known = f"the vocabulary of {len(self):,} characters"
-        return f"{known} has no {'; '.join(named)} (positions count from 0)"
+        known = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
+        return f"unknown character{'s' * (len(positions) > 1)} {'; '.join(named)} {known}"
 
     def _describe(self, character: str, positions: list[int]) -> str:
         where = ", ".join(map(str, positions[:MAX_POSITIONS]))

@@ -1,4 +1,4 @@
-"""training/checkpointing.py: the folder of a run, moved runs, users' own periodic checkpoints."""
+"""training/checkpointing.py: the run folder, moved runs, users' own periodic checkpoints."""
 
 import shutil
 import signal
@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import assert_same, last, make_data, make_module, make_trainer
 
 from chargpt.checkpoints import LOGS, read_checkpoint
 from chargpt.model import UserError
+from chargpt.training import GPTModule
 from chargpt.training.checkpointing import localize_paths
 
 RUN = Path(LOGS, "version_0")
@@ -38,7 +40,7 @@ def snapshot(folder: Path) -> dict[Path, bytes | None]:
     return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-# ---- the folder of a run ----
+# ---- the run folder ----
 
 
 def test_a_second_process_in_the_same_folder_is_refused(run, command):
@@ -63,7 +65,7 @@ def test_a_killed_process_leaves_neither_a_lock_nor_a_temporary_file(run, comman
         "from chargpt.training.checkpointing import RunCheckpoint\n"
         "callback = RunCheckpoint(Path(sys.argv[1]))\n"
         "callback.acquire_lock()\n"
-        "with atomic_write(callback.path('last.ckpt')) as file:\n"
+        "with atomic_write(callback.path('best.ckpt')) as file:\n"
         "    file.write(b'half')\n"
         "    file.flush()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -73,7 +75,7 @@ def test_a_killed_process_leaves_neither_a_lock_nor_a_temporary_file(run, comman
     assert killed.returncode == -signal.SIGKILL
     assert (run / RUN / ".lock").exists()
     assert len(list(run.rglob("*.tmp"))) == 1
-    result = command(run, *RESUME)
+    result = command(run, *RESUME, "--model.lr=1.0")  # no better checkpoint takes its place
     assert result.status == 0, result.err
     assert list(run.rglob("*.tmp")) == []
 
@@ -187,3 +189,122 @@ def test_a_checkpoint_within_an_accumulation_is_refused(tmp_path):
     train(tmp_path, Saves(save_top_k=0), accumulate_grad_batches=3)
     with pytest.raises(UserError, match="within an accumulation"):
         train(tmp_path, ckpt_path=tmp_path / "within.ckpt", accumulate_grad_batches=3)
+
+
+# ---- what makes a run impossible to resume is refused at its start, or never happens ----
+
+
+def test_accumulation_cannot_be_changed_when_a_run_resumes(run, command):
+    result = command(run, *RESUME, "--trainer.accumulate_grad_batches=2")
+    assert (result.status, "accumulate_grad_batches is 1" in result.err) == (1, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(limit_train_batches=3, accumulate_grad_batches=2), "no multiple of"),
+        (dict(max_epochs=0), "max_epochs is 0"),
+        (dict(max_time=60), "is not a duration"),
+    ],
+)
+def test_settings_that_cannot_be_resumed_or_do_nothing_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(min_steps=2, max_steps=6),
+        dict(limit_train_batches=4, check_val_every_n_epoch=2, max_epochs=3, max_steps=-1),
+        dict(max_steps=-1, min_steps=2, max_time="00:00:00:01", limit_val_batches=0),
+    ],
+    ids=str,
+)
+def test_the_last_checkpoint_of_a_finished_run_can_be_resumed(tmp_path, settings):
+    assert train(tmp_path, **settings)["chargpt"]["resumable"] is True
+
+
+def test_a_run_without_validation_saves_at_the_interval_too(tmp_path):
+    class Crash(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.global_step == 11:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, Crash(), limit_val_batches=0)
+    assert read_checkpoint(last(tmp_path))["global_step"] == 8
+
+
+def test_a_second_fit_with_one_trainer_trains_to_its_new_limit(tmp_path):
+    trainer, module, data = make_trainer(tmp_path, max_steps=4), make_module(), make_data(tmp_path)
+    trainer.fit(module, data)
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(module, data, ckpt_path=last(tmp_path))
+    assert trainer.global_step == 12
+
+
+def test_a_damaged_best_checkpoint_is_a_warning_and_is_replaced(tmp_path):
+    train(tmp_path, max_steps=4)
+    best = last(tmp_path).with_name("best.ckpt")
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="best.ckpt"):
+        train(tmp_path, ckpt_path=last(tmp_path))
+    assert read_checkpoint(best)["chargpt"]["val_loss"] > 0
+
+
+def test_values_that_could_not_be_read_again_are_refused_at_the_first_checkpoint(tmp_path):
+    class Counter(Callback):
+        def state_dict(self):
+            return {"path": tmp_path}
+
+    with pytest.raises(UserError, match="PosixPath|WindowsPath"):
+        train(tmp_path, Counter(), max_steps=4)
+    assert not last(tmp_path).exists()
+
+
+def test_a_network_is_not_used_with_the_vocabulary_of_a_different_text(tmp_path):
+    train(tmp_path, max_steps=2)
+    module = GPTModule.load_from_checkpoint(last(tmp_path))
+    (tmp_path / "other.txt").write_text("ijklmnop \n" * 200)
+    other = make_data(tmp_path, corpus=str(tmp_path / "other.txt"))
+    with pytest.raises(UserError, match="differ in the characters"):
+        make_trainer(tmp_path / "new").validate(module, other, verbose=False)
+
+
+def test_a_plateau_scheduler_resumes_from_a_validation(tmp_path):
+    class Plateau(GPTModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            settings = dict(scheduler=scheduler, monitor="val_loss", interval="step", frequency=4)
+            return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def fit(folder, max_steps, **arguments) -> dict:
+        folder.mkdir(exist_ok=True)
+        trainer = make_trainer(folder, max_steps=max_steps)
+        trainer.fit(Plateau(**make_module().hparams), make_data(folder), **arguments)
+        return read_checkpoint(last(folder))
+
+    whole = fit(tmp_path / "whole", 12)
+    fit(tmp_path / "parts", 8)
+    parts = fit(tmp_path / "parts", 12, ckpt_path=last(tmp_path / "parts"))
+    assert_same(whole["state_dict"], parts["state_dict"])
+    assert_same(whole["lr_schedulers"], parts["lr_schedulers"])
+
+
+def test_a_checkpoint_in_any_folder_named_checkpoints_does_not_write_beside_it(run, command):
+    folder = run / "project" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(run / RUN / "checkpoints" / "last.ckpt", folder / "mine.ckpt")
+    (folder.parent / "config.yaml").write_text("mine")
+    before = snapshot(folder.parent)
+    result = command(run, "fit", f"--ckpt_path={folder / 'mine.ckpt'}", "--trainer.max_steps=9")
+    assert result.status == 0, result.err
+    assert snapshot(folder.parent) == before
+
+
+def test_a_callback_state_cannot_delete_a_folder_or_our_checkpoints():
+    state = {"best_model_path": "x/..", "best_k_models": {"x/..": 1.0, "a/best.ckpt": 2.0}}
+    localize_paths(state, "/run/checkpoints")
+    assert state["best_model_path"] == "" and state["best_k_models"] == {}

@@ -58,10 +58,16 @@ def test_a_name_or_path_is_resolved_to_a_file(tmp_path, monkeypatch):
 
 
 def test_the_run_of_a_checkpoint_is_the_folder_above_checkpoints(tmp_path, monkeypatch):
-    path = touch(tmp_path / "version_3" / "checkpoints" / "last.ckpt", 1_000)
+    run = tmp_path / "lightning_logs" / "version_3"
+    path = touch(run / "checkpoints" / "last.ckpt", 1_000)
     monkeypatch.chdir(path.parent)
-    assert checkpoints.run_of(Path("last.ckpt")) == tmp_path / "version_3"
+    assert checkpoints.run_of(Path("last.ckpt")) == run
+    assert checkpoints.run_of(path.parent / "own" / "last.ckpt") == run
     assert checkpoints.run_of(tmp_path / "models" / "last.ckpt") is None
+    moved = touch(tmp_path / "moved" / "checkpoints" / "last.ckpt", 1_000)
+    assert checkpoints.run_of(moved) is None  # any folder may have this name
+    touch(tmp_path / "moved" / ".lock", 1_000)
+    assert checkpoints.run_of(moved) == tmp_path / "moved"
 
 
 def test_a_new_run_gets_the_number_after_the_highest(tmp_path):
@@ -89,13 +95,13 @@ def test_a_file_that_lacks_a_part_is_refused(tmp_path, part, kind):
     if kind == "missing":
         del checkpoint[part]
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="another version or another project wrote it"):
+    with pytest.raises(UserError, match="a different version or project wrote it"):
         checkpoints.read_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_a_file_that_has_no_parts_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="another version or another project wrote it"):
+    with pytest.raises(UserError, match="a different version or project wrote it"):
         checkpoints.read_checkpoint(tmp_path / "a.ckpt")
 
 

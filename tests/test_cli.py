@@ -181,7 +181,7 @@ def test_resuming_a_complete_run_says_that_there_is_nothing_to_do(run, command):
         0,
         [
             "nothing to do: step 8 is the last within trainer.max_steps or max_time",
-            "increase the limit to train further",
+            "increase the limit to train for longer",
         ],
     )
 
@@ -284,12 +284,12 @@ def test_another_network_is_refused_by_name(trained, command, name, setting):
     more = ["--trainer.max_steps=20"] if name == "fit" else []
     result = command(trained, name, "--ckpt_path=last", *more, f"--model.{setting}")
     assert_plain(result, 1, f"error: {setting.partition('=')[0]} is")
-    assert "in the checkpoint and cannot become" in result.err
+    assert "in the checkpoint and cannot be changed to" in result.err
 
 
 def test_another_block_size_is_refused(trained, command):
     result = command(trained, *RESUME, "--trainer.max_steps=20", "--data.block_size=16")
-    assert_plain(result, 1, "block_size is 8 in the checkpoint and cannot become 16")
+    assert_plain(result, 1, "block_size is 8 in the checkpoint and cannot be changed to 16")
 
 
 @pytest.mark.parametrize("name", [*TRAINING, "predict"])
@@ -350,7 +350,8 @@ def test_flags_of_the_trainer_work(folder, command, flag, kept):
 
 
 def test_the_summary_names_model_text_and_device(folder, command):
-    result = command(folder, "fit", "--config=tiny.yaml", "--trainer.fast_dev_run=true")
+    args = ["--trainer.fast_dev_run=true", "--model.second_target=0.5"]  # whose head isn't counted
+    result = command(folder, "fit", "--config=tiny.yaml", *args)
     characters = len(set((folder / "text.txt").read_text()))
     embeddings = characters * 8 + 8 * 8
     block = 8 * 24 + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 2 * 16
@@ -358,6 +359,7 @@ def test_the_summary_names_model_text_and_device(folder, command):
     assert f"model    {parameters:,} parameters" in result.err
     counts = "1,600 for training, 200 for validation"
     assert f"2,000 characters, {characters} distinct; {counts}" in result.err
+    assert "characters (4 per device x 1 device x 1 accumulation step)\n" in result.err
     assert "device   cpu, precision 32-true" in result.err
 
 
@@ -491,7 +493,7 @@ CONFIGS = {
         (["--trainer.max_time=abc"], 1, "max_time abc is not a duration"),
         (["--trainer.max_steps=0"], 1, "trainer.max_steps is 0; it must be at least 1"),
         (["--trainer.val_check_interval=0"], 1, "trainer.val_check_interval is 0"),
-        (["--trainer.max_epochs=1"], 1, "set max_steps instead"),
+        (["--trainer.max_epochs=1"], 1, "set max_steps, or use max_epochs"),
         (["--trainer.accumulate_grad_batches=0"], 1, "trainer.accumulate_grad_batches is 0"),
         # missing runs
         (["predict"], 1, "no run with a checkpoint"),
@@ -529,7 +531,7 @@ def test_a_text_that_changed_is_refused_unless_it_is_named(run, command, name):
         text.write_text(original[::-1])
         result = command(run, *args)
         assert (result.status, "Traceback" in result.err) == (1, False)
-        assert "has changed since the checkpoint was trained on it" in result.err
+        assert "is not the text this checkpoint was trained on" in result.err
         status = command(run, *args, f"--data.corpus={text}").status
         assert status == (1 if name == "fit" else 0)  # training continues on the same text only
     finally:

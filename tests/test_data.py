@@ -271,7 +271,7 @@ def setup_with(folder, trained: TrainedText, allow_other_text=True, **settings) 
     return data
 
 
-CHANGED = "text.txt is another text, or has changed since the checkpoint was trained on it"
+CHANGED = "text.txt is not the text this checkpoint was trained on, or it has changed since"
 
 
 @pytest.mark.parametrize("addition", ["", "a"])  # of the recorded size, and longer
@@ -325,7 +325,7 @@ def test_another_text_may_be_scored_with_any_split_but_not_trained_on(tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(write_text(tmp_path).read_text()[::-1])
     setup_with(tmp_path, trained, corpus=str(other), val_fraction=0.5)
-    with pytest.raises(UserError, match="other.txt is another text.*\n.*omit --ckpt_path"):
+    with pytest.raises(UserError, match="other.txt is not the text.*\n.*omit --ckpt_path"):
         setup_with(tmp_path, trained, allow_other_text=False, corpus=str(other))
 
 

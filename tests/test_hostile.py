@@ -621,6 +621,18 @@ def test_a_text_of_another_size_is_not_read(attack, world):
     assert not list((world.here.parent / "data").rglob("*precious*"))
 
 
+def test_a_text_without_a_record_is_not_read(attack, world):
+    text = world.outside / "precious.txt"
+
+    def change(checkpoint: dict[str, Any]) -> None:
+        data(corpus=str(text))(checkpoint)
+        del checkpoint["datamodule_hyper_parameters"]["corpus_digest"]
+
+    world.tamper(change)
+    assert_refused(attack(TRAINING))
+    assert not list((world.here.parent / "data").rglob("*precious*"))
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device", "sparse file", "root", "address", "nothing"])
 def test_a_text_without_end(attack, world, kind):
     path = world.here / "text"
@@ -692,6 +704,18 @@ OPTIMIZERS: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_state_of_the_optimizer(attack, world, kind):
     world.tamper(OPTIMIZERS[kind])
+    assert_refused(attack(("fit",)))
+
+
+@pytest.mark.parametrize("flags", [(), ("--trainer.enable_checkpointing=false",)], ids=str)
+def test_state_of_the_optimizer_without_callbacks(attack, world, flags, monkeypatch):
+    def change(checkpoint: dict[str, Any]) -> None:
+        OPTIMIZERS["moments of another shape"](checkpoint)
+        if not flags:  # Lightning then calls no callback
+            del checkpoint["callbacks"]
+
+    monkeypatch.setitem(COMMANDS, "fit", (*COMMANDS["fit"], *flags))
+    world.tamper(change)
     assert_refused(attack(("fit",)))
 
 

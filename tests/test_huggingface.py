@@ -173,7 +173,7 @@ def test_unsupported_networks_are_refused(tmp_path, switches, reason):
 
 
 def test_an_unknown_setting_is_refused_unless_it_has_its_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "HELD", huggingface.HELD - {"activation"})
+    monkeypatch.setattr(huggingface, "REPRESENTABLE", huggingface.REPRESENTABLE - {"activation"})
     export(generator_of(), EMPTY_CHECKPOINT, tmp_path / "folder", "float16")
     with pytest.raises(UserError, match="activation gelu"):
         export(generator_of(activation="gelu"), EMPTY_CHECKPOINT, tmp_path / "other", "float16")

@@ -128,7 +128,7 @@ def test_the_corpus_is_guessed_from_the_dataset_name(tmp_path, text, command):
         write(tmp_path, ckpt | {"config": {"dataset": dataset}}, meta)
         assert f"corpus {corpus}\n" in run_import(command, tmp_path).err
     result = command(tmp_path, "validate")
-    assert (result.status, "there is no text 'my_text'" in result.err) == (1, True)
+    assert (result.status, "does not record the text" in result.err) == (1, True)
     (tmp_path / "text.txt").write_text(text, newline="\n")
     assert command(tmp_path, "validate", "--data.corpus=text.txt").status == 0
 

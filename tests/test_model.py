@@ -206,5 +206,5 @@ def test_invalid_settings(wrong, message):
 
 
 def test_more_characters_than_block_size():
-    with pytest.raises(UserError, match="13 positions requested, but block_size is 12"):
+    with pytest.raises(UserError, match="the input has 13 characters, but block_size is 12"):
         make_gpt()(random_ids(1, 13))

@@ -1,4 +1,4 @@
-"""export: a checkpoint becomes a page that writes, or a folder for Hugging Face transformers."""
+"""export: a checkpoint as a self-contained HTML page, or as a folder for Hugging Face."""
 
 import sys
 from importlib import import_module
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
-from chargpt.cli.parsing import add_ckpt_path, checked, command_parser
+from chargpt.cli.parsing import add_ckpt_path, command_parser, parse_or_exit
 from chargpt.model import UserError
 from chargpt.text_generator import TextGenerator
 
@@ -20,7 +20,7 @@ def run(command: str, args: list[str]) -> None:
         "--to",
         type=Literal[tuple(FORMATS)],  # type: ignore[valid-type]
         required=True,
-        help="page: one HTML file that writes; huggingface: a folder for transformers.",
+        help="page: a self-contained HTML page that generates text; huggingface: a model folder.",
     )
     parser.add_argument("--output", type=str, required=True, help="The file or folder to write.")
     add_ckpt_path(parser)
@@ -30,7 +30,7 @@ def run(command: str, args: list[str]) -> None:
         default="float16",
         help="Of a page's weights; float32 is exact, and twice as large.",
     )
-    config = checked(parser, lambda: parser.parse_args(args))
+    config = parse_or_exit(parser, lambda: parser.parse_args(args))
     path = resolve_checkpoint(config.ckpt_path)
     print(f"checkpoint {path}", file=sys.stderr)
     checkpoint = read_checkpoint(path)

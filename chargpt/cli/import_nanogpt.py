@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from chargpt.checkpoints import FOLDER, LAST, new_run, write_checkpoint
-from chargpt.cli.parsing import checked, command_parser
+from chargpt.cli.parsing import command_parser, parse_or_exit
 from chargpt.export.from_nanogpt import convert
 from chargpt.model import UserError
 
@@ -20,7 +20,7 @@ def run(command: str, args: list[str]) -> None:
         required=True,
         help="Its characters: meta.pkl in the folder of the data it was trained on.",
     )
-    config = checked(parser, lambda: parser.parse_args(args))
+    config = parse_or_exit(parser, lambda: parser.parse_args(args))
     paths = (Path(name).expanduser() for name in (config.ckpt, config.meta))
     checkpoint = convert(*paths)
     folder = new_run(".")

@@ -1,4 +1,4 @@
-"""Which command is run, and how errors end: those that a user can cause in a line or two."""
+"""Dispatches commands and turns user errors into one- or two-line messages."""
 
 import atexit
 import difflib
@@ -35,14 +35,14 @@ def main(args: list[str] | None = None) -> None:
     elif command not in COMMANDS:
         refuse_command(command)
     else:
-        sys.path.append(os.getcwd())  # a user's own classes, as with `python -m`
+        sys.path.append(folder := os.getcwd())  # a user's own classes, as with `python -m`
         show_warning = warnings.showwarning
         warnings.showwarning = print_warning
         try:
             run(command, rest)
         finally:
             warnings.showwarning = show_warning
-            sys.path.remove(os.getcwd())
+            sys.path.remove(folder)
 
 
 def run(command: str, args: list[str]) -> None:

@@ -73,7 +73,7 @@ def command_parser(command: str) -> ArgumentParser:
         prog=f"python -m chargpt {command}",
         description=COMMANDS[command][1],
         exit_on_error=False,
-        allow_abbrev=False,  # a misspelled flag is an error, not another flag
+        allow_abbrev=False,  # a misspelled flag is an error, not a different flag
     )
 
 
@@ -86,7 +86,7 @@ def add_ckpt_path(parser: ArgumentParser) -> None:
     )
 
 
-def checked(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Namespace:
+def parse_or_exit(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Namespace:
     """The result of `parse`; an invalid option ends the process with a plain message."""
     try:
         return parse()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
-from chargpt.cli.parsing import add_ckpt_path, checked, command_parser, find_configs
+from chargpt.cli.parsing import add_ckpt_path, command_parser, find_configs, parse_or_exit
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
 from chargpt.text_generator import TextChunk, TextGenerator
@@ -28,7 +28,7 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="A file with these settings.")
     parser.add_function_arguments(predict, "generate", skip={"generator", "checkpoint"})
     args = find_configs(args)
-    config = checked(parser, lambda: parser.parse_args(args))
+    config = parse_or_exit(parser, lambda: parser.parse_args(args))
     path = resolve_checkpoint(config.ckpt_path)
     print(f"checkpoint {path}", file=sys.stderr)
     generator = TextGenerator(*build_network(read_checkpoint(path), path)).eval()
@@ -55,8 +55,7 @@ def predict(
         prompts: A file with a prompt per line, instead of `prompt`. They are generated in batches,
             each as if it were alone.
         num_samples: Texts per prompt.
-        output: A file for the texts, instead of standard output. It is replaced at the end, as a
-            whole.
+        output: A file instead of standard output. Written atomically once generation finishes.
         format: "text": each with its prompt, separated by a line of hyphens; or "jsonl": a line
             per text, with the keys prompt, text, seed, sample, settings and checkpoint.
         sampling: the fields of `GenerationConfig`.
@@ -80,7 +79,7 @@ def predict(
     with destination(output) as write:
         streamed = len(texts) == 1 and format == "text"
         finished = write_texts(texts, chunks, entry, write, streamed)
-    if not finished:  # an output file now has what was written until then
+    if not finished:  # the output file now contains what was generated before
         raise KeyboardInterrupt
 
 
@@ -93,8 +92,8 @@ def write_texts(
 ) -> bool:
     """Append the chunks to the texts (first: the prompts) and write the entry of each text.
 
-    An entry is written when its text and those before it are complete; if `streamed`, piece by
-    piece. After Ctrl-C, all complete ones are, or the only one as it is; the result is then False.
+    Entries are written in order when complete, or in pieces if `streamed`. On Ctrl-C, write every
+    completed text (or, if there is only one, what exists of it) and return False.
     """
     complete: set[int] = set()
     written = 0

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from chargpt.checkpoints import (
@@ -26,9 +26,10 @@ from chargpt.checkpoints import (
     run_of,
 )
 from chargpt.cli.main import COMMANDS, fail
-from chargpt.cli.parsing import checked, find_configs, shipped_configs
+from chargpt.cli.parsing import find_configs, parse_or_exit, shipped_configs
 from chargpt.data import CharDataModule
 from chargpt.data.module import TrainedText
+from chargpt.data.texts import NAMED_TEXTS
 from chargpt.model import UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
 from chargpt.training.checkpointing import RunCheckpoint, check_resumable
@@ -44,6 +45,7 @@ LINKS = {  # given once, for all that need it
     "model.seed": "seed_everything",
 }
 # The settings of the data that a checkpoint restores; folders and workers are the user's.
+TEXT_RECORD = {"corpus_bytes", "corpus_digest", "train_characters"}
 DATA_SETTINGS = ("corpus", "block_size", "batch_size", "val_fraction", "test_fraction", "order")
 
 
@@ -58,7 +60,9 @@ def run(command: str, args: list[str]) -> None:
         keep_freed_memory()
         with redirect_stdout(sys.stderr):  # standard output is for results only
             cli.run()
-    except SystemExit as stop:  # Lightning's answer to a Ctrl-C before the first step
+    except SIGTERMException:  # Lightning would end with status 0
+        raise SystemExit(143) from None
+    except SystemExit as stop:  # raised by Lightning on Ctrl-C before the first step
         interrupted = isinstance(stop.__context__, KeyboardInterrupt)
         raise SystemExit(130 if interrupted else stop.code) from None
     except UserError:
@@ -66,7 +70,7 @@ def run(command: str, args: list[str]) -> None:
     except Exception as error:
         if message := plain_message(error):
             saved = cli and cli.run_checkpoint and cli.run_checkpoint.folder
-            fail(message.replace("the folder of the run", str(saved or "the folder of the run")))
+            fail(message.replace("the run folder", str(saved or "the run folder")))
         raise
     if command != "fit" and cli.trainer.is_global_zero:
         for name, value in cli.trainer.callback_metrics.items():
@@ -87,7 +91,7 @@ def plain_message(error: BaseException | None) -> str | None:
             return f"out of memory: {message.rpartition('allocate memory')[2].strip(' :')}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return (
-                f"cannot write to the folder of the run: {error.strerror}\nits checkpoints are "
+                f"cannot write to the run folder: {error.strerror}\nits checkpoints are "
                 "intact; make room, then repeat the command with --ckpt_path last"
             )
         if isinstance(error, (MisconfigurationException, ModuleNotFoundError)) or (
@@ -117,7 +121,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             GPTModule,
             CharDataModule,
-            save_config_callback=None,  # ConfigFile writes to the folder of the run
+            save_config_callback=None,  # ConfigFile writes to the run folder
             trainer_class=make_trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             run=False,
@@ -128,7 +132,7 @@ class TrainingCLI(LightningCLI):
                 "description": f"{COMMANDS[command][1]} --config takes files, and names of shipped "
                 f"configurations: {', '.join(shipped_configs())}.",
                 "exit_on_error": False,
-                "allow_abbrev": False,  # a misspelled flag is an error, not another flag
+                "allow_abbrev": False,  # a misspelled flag is an error, not a different flag
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyperparameters stay plain values
@@ -156,10 +160,10 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.args = args = with_save_dir(find_configs(args))
-        self.config = checked(parser, lambda: parser.parse_args(args))
+        self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
         if self.command != "fit" or self.config.ckpt_path is not None:
             restored = self.restore()
-            self.config = checked(parser, lambda: parser.parse_args(args))
+            self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
             self.config.ckpt_path = str(self.checkpoint_path)
             self.check_changes(restored)
         for target, source in LINKS.items():
@@ -187,19 +191,21 @@ class TrainingCLI(LightningCLI):
         return restored
 
     def check_changes(self, restored: dict[str, Any]) -> None:
-        """Refuse settings of another network, and print all others that differ."""
+        """Refuse settings of a different network, and print all others that differ."""
         fixed = {*NETWORK_SETTINGS, "optimizer"}
         fixed -= {"dropout", "attention_dropout", "ngram_dropout"}
         if self.config.model.position == "rotary":  # no weight depends on the length
             fixed -= {"block_size"}
+        if self.command == "fit":  # scores would not be comparable
+            fixed |= {"val_fraction", "test_fraction", "limit_val_batches"}
         changes = []
         for flag, before in restored.items():
             now, name = self.config[flag], flag.partition(".")[2]
             second_head = name == "second_target" and bool(now) != bool(before)
-            if now != before and ((name in fixed and flag != "data.order") or second_head):
+            if now != before and (name in fixed or second_head):
                 raise UserError(
-                    f"{name} is {before} in the checkpoint and cannot become {now}: the weights or "
-                    "the optimizer's state would not fit\ntrain a new model to change it"
+                    f"{name} is {before} in the checkpoint and cannot be changed to {now}: its "
+                    "weights, state or scores would not fit\ntrain a new model to change it"
                 )
             if now != before and flag != "data.corpus":  # its path may differ, the text may not
                 changes.append(f"{flag} {before} -> {now}")
@@ -207,15 +213,15 @@ class TrainingCLI(LightningCLI):
             rank_zero_print(f"changed  {', '.join(changes)}")
 
     def check_sequences(self) -> None:
-        """Refuse to resume with fewer devices, say, by oversight: each step would be another."""
+        """Refuse to resume with a different number of sequences per step unless asked for."""
         before = self.checkpoint["chargpt"].get("sequences_per_step")
         per_device = self.config.data.batch_size * self.config.trainer.accumulate_grad_batches
         now = per_device * self.trainer.world_size
         flags = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
         if before != now and not any(map(self.is_given, (*flags, "data.batch_size"))):
             raise UserError(
-                f"the run was trained with {before} sequences per step, this command has {now}\n"
-                f"add --trainer.devices {before // per_device}, or choose another --data.batch_size"
+                f"the run used {before} sequences per step, but this command would use {now}\n"
+                f"add --trainer.devices {before // per_device}, or change --data.batch_size"
             )
 
     def is_given(self, flag: str) -> bool:
@@ -228,7 +234,7 @@ class TrainingCLI(LightningCLI):
     # ---- objects ----
 
     def instantiate_classes(self) -> None:
-        """Choose the folder of the run and create everything."""
+        """Choose the run folder and create everything."""
         trainer = self.config.trainer
         discarded = (
             trainer.fast_dev_run or trainer.barebones or trainer.enable_checkpointing is False
@@ -264,18 +270,22 @@ class TrainingCLI(LightningCLI):
             callbacks.append(ConfigFile(self.parser, config, self.run_checkpoint))
         try:
             return make_trainer(callbacks=callbacks, **settings)
-        except (TypeError, ValueError) as error:  # Lightning's words for invalid settings
+        except (TypeError, ValueError) as error:  # Lightning's message for invalid settings
             raise UserError(str(error)) from error
 
     def set_trained_text(self) -> None:
         """Tell the data which text, and which part of it, the checkpoint was trained on."""
         saved = self.checkpoint["datamodule_hyper_parameters"]
-        names = ("corpus_bytes", "corpus_digest", "train_characters")
-        if all(name in saved for name in names):
-            size, digest, train_characters = (saved[name] for name in names)
+        if saved.keys() >= TEXT_RECORD:
+            size, digest, train_characters = (saved[name] for name in sorted(TEXT_RECORD))
             named = self.is_given("data.corpus")
             self.datamodule.trained_text = TrainedText(size, digest, train_characters, named)
             self.datamodule.allow_other_text = self.command != "fit"
+        elif saved.get("corpus") not in NAMED_TEXTS and not self.is_given("data.corpus"):
+            raise UserError(
+                "the checkpoint does not record the text that it was trained on\n"
+                "choose one with --data.corpus"
+            )
 
     def release(self) -> None:
         if self.run_checkpoint:
@@ -283,30 +293,30 @@ class TrainingCLI(LightningCLI):
 
     def run(self) -> None:
         """Run the command."""
-        fits, step = self.command == "fit", self.checkpoint.get("global_step", 0)
+        is_fit, step = self.command == "fit", self.checkpoint.get("global_step", 0)
         try:
-            if fits and self.checkpoint:
+            if is_fit and self.checkpoint:
                 check_resumable(self.trainer, self.checkpoint)
                 self.check_sequences()
-            elif not fits:
+            elif not is_fit:
                 rank_zero_print(f"checkpoint {self.checkpoint_path}")
             self.checkpoint.clear()  # the Trainer reads it again
             method = getattr(self.trainer, self.command)
-            quiet = {} if fits else {"verbose": False}  # `run` prints the scores
+            quiet = {} if is_fit else {"verbose": False}  # `run` prints the scores
             method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet)
         finally:
             self.release()
-        if fits and self.checkpoint_path and self.trainer.global_step == step:
+        if is_fit and self.checkpoint_path and self.trainer.global_step == step:
             rank_zero_print(
                 f"nothing to do: step {step} is the last within trainer.max_steps or max_time\n"
-                "increase the limit to train further"
+                "increase the limit to train for longer"
             )
         if self.trainer.received_sigterm:  # Lightning would end with status 0
             raise SystemExit(143)
 
 
 class ConfigFile(Callback):
-    """Writes config.yaml to the folder of the run, for people and for --config."""
+    """Writes config.yaml to the run folder, for people and for --config."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, run: RunCheckpoint) -> None:
         self.parser, self.config, self.run = parser, config, run
@@ -327,9 +337,11 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
                 f"{path} has the setting {str(name)[:80]!r}, which this version of chargpt does "
                 "not support\nuse the version that wrote it"
             )
-    data = {name: data[name] for name in DATA_SETTINGS if name in data} | {
-        "block_size": model.get("block_size", 0)
-    }
+    recorded = data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS
+    data = {name: data[name] for name in DATA_SETTINGS if name in data}
+    data |= {"block_size": model.get("block_size", 0)}
+    if not recorded:  # nothing says that this text is the one that was trained on
+        data.pop("corpus", None)
     config = TrainingConfig(**model)
     CharDataModule(**data)
     settings = {f"model.{name}": model[name] for name in model if f"model.{name}" not in LINKS}
@@ -348,7 +360,7 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
 
 
 def set_log_dirs(config: Any, folder: Path) -> None:
-    """Point file loggers that name no folder to the folder of the run."""
+    """Point file loggers that name no folder to the run folder."""
     for logger in as_list(config.logger):
         if not isinstance(logger, Namespace) or not logger.class_path.endswith(FILE_LOGGERS):
             continue
@@ -383,7 +395,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     except (OSError, AttributeError):
-        pass  # another system, or another C library
+        pass  # a different system or C library
 
 
 @rank_zero_only

@@ -23,7 +23,7 @@ class TrainedText(NamedTuple):
     size: int  # bytes of all its files
     digest: str
     train_characters: int  # length of its training split
-    named: bool  # whether the user has named a text to use now
+    named: bool  # whether the user gave --data.corpus
 
 
 class CharDataModule(LightningDataModule):
@@ -66,10 +66,10 @@ class CharDataModule(LightningDataModule):
         check(h, "val_fraction test_fraction", *FRACTION)
         check(h, "test_fraction", "less than 1 - val_fraction", lambda x: x + val_fraction < 1)
         check(h, "order", " or ".join(ORDERS), lambda order: order in ORDERS)
-        # Set from a checkpoint before `setup`, which then refuses a changed text, and splits that
-        # score what was trained on. A run resumes on its own text: allow_other_text is False.
+        # Set by the command line from a checkpoint before `setup`, which then rejects a changed
+        # text and any split that would evaluate on training data.
         self.trained_text: TrainedText | None = None
-        self.allow_other_text = True
+        self.allow_other_text = True  # False when resuming
 
     def prepare_data(self) -> None:
         """Download and encode the text. Lightning calls this in one process per machine."""
@@ -108,8 +108,8 @@ class CharDataModule(LightningDataModule):
     def other_text(self, source: TextSource) -> UserError:
         advice = "name a text with --data.corpus" if self.allow_other_text else "omit --ckpt_path"
         return UserError(
-            f"{source.path} is another text, or has changed since the checkpoint was trained on "
-            f"it\nrestore it, or {advice} to use it as it is"
+            f"{source.path} is not the text this checkpoint was trained on, or it has changed "
+            f"since\nrestore the original, or {advice} to use it as it is"
         )
 
     def setup(self, stage: str | None = None) -> None:

@@ -78,7 +78,7 @@ def locate(corpus: str, data_dir: Path) -> TextSource:
         raise UserError(f"the path {str(path)!r} is not UTF-8\nrename the file or folder")
     files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
     if not files:
-        raise UserError(f"there is no .txt file in {path}\nchoose another folder or a text file")
+        raise UserError(f"there is no .txt file in {path}\nuse a different folder or a text file")
     # The hash makes the name of the token file unique; the stem lets a person recognize it.
     state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     token_file = data_dir / "tokens" / f"{path.stem[:40]}-{state}.npy"

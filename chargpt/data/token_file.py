@@ -2,7 +2,7 @@
 
 A token file is a NumPy array (`.npy`) of ids in the narrowest unsigned integer type, followed by
 the vocabulary and the text's digest as JSON. Its name depends on the paths, sizes and modification
-times of the text's files: a text that changes gets another token file, and a run that has started
+times of the text's files: a text that changes gets a new token file, and a run that has started
 keeps reading its own. Token files that no run needs may be deleted.
 """
 
@@ -91,14 +91,14 @@ def scan(source: TextSource) -> tuple[Vocabulary, int, str]:
     for data, text in chain.from_iterable(map(read_file, source.files)):
         digest.update(data)
         length += len(text)
-        # Without ASCII characters seen before, little is left of most texts, still valid UTF-8.
+        # Deleting ASCII already seen leaves little of most texts, and the rest is valid UTF-8.
         if rest := data.translate(None, seen_ascii):
             seen[code_points(rest.decode())] = True
             seen_ascii = bytes(np.flatnonzero(seen[:128]).tolist())
     characters = "".join(map(chr, np.flatnonzero(seen)))
     if len(characters) < 2:
         raise UserError(
-            f"{source.path} has fewer than two different characters\nchoose another text"
+            f"{source.path} has fewer than two different characters\nchoose a different text"
         )
     return Vocabulary(characters), length, digest.hexdigest()
 

@@ -1,10 +1,11 @@
 """Import of nanoGPT checkpoints (https://github.com/karpathy/nanoGPT, `ckpt.pt` and `meta.pkl`).
 
 nanoGPT's network is ours with GELU and other layer names, so the import is exact, with and without
-biases. Only further training differs: nanoGPT ties the head to the token embedding and also applies
-dropout to the embeddings.
+biases. Only continued training differs: nanoGPT ties the head to the token embedding and also
+applies dropout to the embeddings.
 """
 
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -59,7 +60,7 @@ def convert(ckpt: Path, meta: Path) -> dict[str, Any]:
         weights,
         config,
         Vocabulary("".join(sorted(characters))),
-        datamodule_hyper_parameters={"corpus": guess_corpus(dataset, meta)},
+        datamodule_hyper_parameters=describe_corpus(guess_corpus(dataset, meta)),
         global_step=steps if type(steps) is int else 0,
         origin=f"Trained by nanoGPT for {steps} iterations and imported from its checkpoint.",
     )
@@ -186,6 +187,17 @@ def check_shapes(config: GPTConfig, V: int, weights: dict[str, Tensor], path: Pa
                 f"the weight {name} (our name) has shape {tuple(weights[name].shape)}, "
                 f"expected {tuple(expected[name])}",
             )
+
+
+def describe_corpus(corpus: str) -> dict[str, Any]:
+    """The corpus as a checkpoint records it, which is how `validate` recognizes it."""
+    path = Path(corpus)
+    if not path.is_file():
+        return {"corpus": corpus}
+    data = path.read_bytes()
+    digest, train_characters = hashlib.sha256(data).hexdigest(), 0  # nanoGPT does not tell
+    record = dict(corpus_bytes=len(data), corpus_digest=digest, train_characters=train_characters)
+    return {"corpus": corpus, **record}
 
 
 def guess_corpus(dataset: object, meta: Path) -> str:

@@ -31,8 +31,8 @@ from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import Vocabulary
 
 # The settings that both architectures represent, in their configuration or their weights.
-HELD = {"block_size", "n_embd", "n_head", "n_layer", "dropout", "attention_dropout", "position"}
-HELD |= {"norm", "bias", "qkv_bias", "activation", "ngram_dropout"}
+REPRESENTABLE = {"block_size", "n_embd", "n_head", "n_layer", "dropout", "attention_dropout"}
+REPRESENTABLE |= {"position", "norm", "bias", "qkv_bias", "activation", "ngram_dropout"}
 
 
 def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, dtype: str) -> None:
@@ -112,7 +112,7 @@ def architecture(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "train with --model.position rotary or --model.norm layer, or export --to page"
         )
     for field in fields(GPTConfig):  # settings added later must not be lost silently
-        if field.name not in HELD and getattr(config, field.name) != field.default:
+        if field.name not in REPRESENTABLE and getattr(config, field.name) != field.default:
             raise UserError(
                 f"cannot export {field.name} {getattr(config, field.name)} to transformers\n"
                 f"train with {field.name} {field.default}, or export --to page"

@@ -282,7 +282,7 @@ class GPT {
     const [T, C, length] = [ids.length, this.config.n_embd, cache.length];
     if (length + T > this.config.block_size) {
       const { block_size } = this.config;
-      throw new Error(`${length + T} positions requested, but block_size is ${block_size}`);
+      throw new Error(`the input has ${length + T} characters, but block_size is ${block_size}`);
     }
     const context_ids = cache.append_ids(ids);
     const whole = [...context_ids, ...ids];
@@ -376,8 +376,8 @@ class Vocabulary {
     const named = [...unknown].slice(0, MAX_NAMED).map((entry) => this.describe(...entry));
     if (unknown.size > MAX_NAMED) named.push(`and ${grouped(unknown.size - MAX_NAMED)} other characters`);
     return (
-      `the vocabulary of ${grouped(this.characters.length)} characters has no ` +
-      `${named.join("; ")} (positions count from 0)`
+      `unknown character${unknown.size > 1 ? "s" : ""} ${named.join("; ")} (positions count from 0; ` +
+      `the vocabulary has ${grouped(this.characters.length)} characters)`
     );
   }
 

@@ -33,7 +33,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The settings of a GPT. Flags, file keys, help texts and checks follow from the fields.
+    """The settings of a GPT. Flags, YAML keys, help texts and checks are generated from them.
 
     Raises:
         UserError: a setting is invalid; the message names it.

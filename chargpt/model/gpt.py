@@ -2,7 +2,7 @@
 
 The defaults are the textbook network (Vaswani et al. 2017, arXiv:1706.03762, with the pre-norm
 residual blocks of GPT-2); each later improvement is one setting of `GPTConfig`. `textbook.py`
-explains every part; here the same network, class for class, is written to be fast.
+explains every part; this is the same network, written to be fast.
 
     B  sequences in a batch         V  size of the vocabulary
     T  characters in a sequence     H  attention heads
@@ -166,7 +166,7 @@ class GPT(nn.Module):
             mask, layers = None, [None] * config.n_layer
             ngram_ids = F.pad(ids, (config.ngram_context, 0))
         else:
-            raise UserError(f"{T} positions requested, but block_size is {config.block_size}")
+            raise UserError(f"the input has {T} characters, but block_size is {config.block_size}")
 
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:

@@ -34,7 +34,7 @@ class CacheStep(NamedTuple):
 
     positions: Tensor  # (T,), or (B, T) where rows have different lengths
     angles: Tensor | None  # rotary angles of these positions
-    mask: Tensor | None  # (1 or B, 1, T, S), true for visible slots; None: all, or plain causal
+    mask: Tensor | None  # (1 or B, 1, T, S), true: attention allowed; None: unneeded, or causal
     ids: Tensor  # (B, ngram_context + T): the new ids and those before them
     layers: Sequence[LayerCache | None]
 
@@ -44,8 +44,8 @@ class KVCache:
 
     They stay valid because attention is causal: a key or value depends on its own character and
     those before it, so later characters don't change it. A new character then costs one position
-    instead of a pass over all of them. Each of the B rows has a length of its own, and a capacity
-    of at most, and by default, the network's block_size.
+    instead of a pass over all of them. Rows may have different lengths. Capacity defaults to
+    block_size, which is also the maximum.
     """
 
     def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
@@ -92,7 +92,7 @@ class KVCache:
         return CacheStep(positions, angles, mask, ids, layers)
 
     def copy_rows(self, rows: Sequence[int], source: KVCache, source_rows: Sequence[int]) -> None:
-        """Overwrite rows with rows of another cache, which may have a smaller capacity."""
+        """Overwrite rows with rows of a different cache, which may have a smaller capacity."""
         S = max(source.lengths[row] for row in source_rows)
         C = S + self.ngram_context
         self.memory[:, :, rows, :, :S] = source.memory[:, :, source_rows, :, :S]

@@ -24,7 +24,7 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(sum(self.rows), n_embd)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """From ids (B, N - 1 + T), N the largest n: the T new ones and N - 1 before them, or 0."""
+        """ids (B, N - 1 + T) to vectors (B, T, C): T new ids after N - 1 or 0s, N the largest n."""
         N = self.orders[-1]
         windows = ids.unfold(1, ids.size(1) - N + 1, 1).flip(1)  # (B, N, T): ids, those before, ...
         # An n-gram's hash extends that of the n-gram one id shorter.

@@ -7,11 +7,13 @@ of the step: which sequences are read (`data/datasets.py`), dropout and the lear
 """
 
 import inspect
+import math
 import re
 import shutil
 import signal
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,13 +26,11 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, Weig
 from lightning.pytorch.strategies import DDPStrategy
 
 from chargpt.checkpoint_file import (
-    check_optimizer_state,
     check_weights,
     read_tensors_and_plain_values,
 )
 from chargpt.checkpoints import BEST, FOLDER, LAST, read_checkpoint, write_checkpoint
 from chargpt.model import UserError
-from chargpt.training.optimizers import MuonAdamW
 
 SIGNALS = [
     getattr(signal, name)
@@ -78,7 +78,7 @@ class RunCheckpoint(Checkpoint):
         self.saved_step: int | None = None
         self.validated_batch: int | None = None  # after which the last validation was
         self.best_score: float | None = None  # of best.ckpt
-        self.optimizer_states: list[dict[str, Any]] = []  # of the checkpoint resumed from
+        self.restored_loss: float | None = None  # of the weights of a checkpoint
 
     def path(self, name: str) -> Path:
         return Path(self.folder or ".", FOLDER, name)
@@ -89,11 +89,14 @@ class RunCheckpoint(Checkpoint):
         if stage != "fit":
             return
         self.folder = trainer.strategy.broadcast(self.folder)
-        keep_order_of_sums(trainer)
+        fix_reduction_order(trainer)
         if trainer.is_global_zero:
             self.acquire_lock()
             if self.path(BEST).is_file():
-                self.best_score = read_checkpoint(self.path(BEST))["chargpt"].get("val_loss")
+                try:
+                    self.best_score = loss_of(read_checkpoint(self.path(BEST)))
+                except UserError as error:
+                    warnings.warn(f"{error}: the next validation replaces it", stacklevel=2)
 
     def acquire_lock(self) -> None:
         """One process trains in a folder; the system releases the lock of a killed one."""
@@ -110,6 +113,8 @@ class RunCheckpoint(Checkpoint):
                     f"another process is training in {self.folder}\n"
                     "wait until it has ended, or start a new run, without --ckpt_path"
                 ) from None
+        for partial in self.path(LAST).parent.glob(".*.tmp"):  # of a process that was killed
+            partial.unlink(missing_ok=True)
 
     def unlock(self, *_: Any, **__: Any) -> None:
         if self.lock:
@@ -133,6 +138,9 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # Lightning notes a SIGTERM that arrives during setup, and restores the handlers at the end.
         self.received = signal.SIGTERM if trainer.received_sigterm else 0
+        self.should_stop, self.validated_batch = False, None
+        if self.restored_loss is not None:  # for schedulers that follow it
+            trainer.callback_metrics["val_loss"] = torch.tensor(self.restored_loss)
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -151,9 +159,12 @@ class RunCheckpoint(Checkpoint):
         batches = trainer.fit_loop.batch_idx + 1
         trainer.should_stop = self.should_stop and batches % trainer.accumulate_grad_batches == 0
         signum = self.agreed_signal(trainer)
-        if signum and self.is_resumable(trainer):
+        total, interval = trainer.fit_loop.total_batch_idx + 1, trainer.val_check_batch or 1
+        unvalidated = not trainer.enable_validation and total % interval == 0
+        if (signum or unvalidated) and self.is_resumable(trainer):
             self.save_last(trainer)
-            self.stop(trainer, signum)
+            if signum:
+                self.stop(trainer, signum)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.validated_batch = trainer.fit_loop.total_batch_idx
@@ -226,27 +237,24 @@ class RunCheckpoint(Checkpoint):
             return
         check_resumable(trainer, checkpoint)
         check_weights(checkpoint.get("current_model_state") or {}, "the checkpoint")
-        self.optimizer_states = checkpoint["optimizer_states"]
         self.saved_step = checkpoint["global_step"]
+        self.restored_loss = loss_of(checkpoint)
         adapt_callback_states(trainer, checkpoint)
-
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Lightning has made the optimizers, and restores their state next."""
-        if self.optimizer_states and len(self.optimizer_states) != len(trainer.optimizers):
-            raise UserError("the checkpoint has the state of other optimizers; train a new model")
-        for optimizer, state in zip(trainer.optimizers, self.optimizer_states):
-            if isinstance(optimizer, (torch.optim.AdamW, MuonAdamW)):
-                check_optimizer_state(state, [group["params"] for group in optimizer.param_groups])
-        self.optimizer_states = []
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Whether Lightning validates after this batch; true for some batches of an epoch too many."""
-    counts = (trainer.fit_loop.batch_idx + 1, trainer.fit_loop.total_batch_idx + 1)
-    interval = trainer.val_check_batch or 1
-    return trainer.enable_validation and (
-        trainer.should_stop or any(count % interval == 0 for count in counts)
-    )
+    """Whether Lightning validates after this batch."""
+    loop, every = trainer.fit_loop, trainer.check_val_every_n_epoch
+    batches = (loop.total_batch_idx if every is None else loop.batch_idx) + 1
+    in_epoch = every is None or (trainer.current_epoch + 1) % every == 0
+    due = trainer.should_stop or batches % (trainer.val_check_batch or 1) == 0
+    return trainer.enable_validation and in_epoch and due
+
+
+def loss_of(checkpoint: dict[str, Any]) -> float | None:
+    """The validation loss of a checkpoint's weights, if they have been validated."""
+    loss = checkpoint["chargpt"].get("val_loss")
+    return loss if type(loss) is float and math.isfinite(loss) else None
 
 
 def sequences_per_step(trainer: Trainer) -> int:
@@ -261,11 +269,18 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         UserError: why.
     """
-    has_state = checkpoint.get("optimizer_states") and "fit_loop" in checkpoint.get("loops", ())
+    parts = [checkpoint.get(name) for name in ("callbacks", "loops", "optimizer_states")]
+    has_state = parts[0] is not None and "fit_loop" in (parts[1] or ()) and len(parts[2] or ()) == 1
     if not (has_state and checkpoint["chargpt"].get("resumable")):
         raise UserError(
             "the checkpoint cannot be resumed exactly: it was written just before a validation "
             "or within an accumulation, or has no optimizer state\nresume from a last.ckpt"
+        )
+    before = (checkpoint["chargpt"].get("trainer") or {}).get("accumulate_grad_batches")
+    if before not in (None, trainer.accumulate_grad_batches):  # Lightning counts batches, not steps
+        raise UserError(
+            f"accumulate_grad_batches is {before} in the checkpoint and cannot be changed when a "
+            "run resumes\nchange --data.batch_size instead"
         )
     known = {callback.state_key for callback in trainer.callbacks} | {Timer.__qualname__}  # type: ignore[attr-defined]
     missing = [
@@ -282,10 +297,9 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Restore what callbacks have counted, but neither their settings nor paths elsewhere.
+    """Restore the callbacks' counters, but not their settings or paths outside this run.
 
-    Settings come from the command. Paths become file names in the folder of this run, which may
-    have been moved.
+    Settings come from the command; paths become file names in this run folder: it may have moved.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -302,21 +316,23 @@ def localize_paths(state: dict[str, Any], folder: str) -> None:
     """Replace the paths in a ModelCheckpoint's state by files of the same name in its folder."""
 
     def local(path: Any) -> str:
-        return str(Path(folder, re.split(r"[\\/]", str(path))[-1])) if path else ""
+        name = re.split(r"[\\/]", str(path))[-1]
+        own = name.endswith(".ckpt") and name.lower() not in (LAST, BEST)
+        return str(Path(folder, name)) if own else ""
 
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
         state[name] = local(state.get(name))
-    best_k_models = state.get("best_k_models") or {}
-    state["best_k_models"] = {local(path): score for path, score in best_k_models.items()}
+    best_k_models = dict(state.get("best_k_models") or {})
+    state["best_k_models"] = {local(p): score for p, score in best_k_models.items() if local(p)}
     state["dirpath"] = folder
 
 
-def keep_order_of_sums(trainer: Trainer) -> None:
+def fix_reduction_order(trainer: Trainer) -> None:
     """Make DistributedDataParallel add the gradients of three or more ranks in a fixed order.
 
-    It moves them to other buckets after its first step, on which the rounding of a sum of three
-    depends, unless it looks for unused parameters: a resumed run would end with other bits.
-    Lightning takes that setting when a strategy is created, before the number of ranks is known.
+    After the first step DDP rebuilds its gradient buckets, which changes the order, and so the
+    rounding, of sums over three or more ranks: a resumed run would no longer be bit-identical.
+    find_unused_parameters=True prevents this. Only now is the number of ranks known.
     """
     if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 2:
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)

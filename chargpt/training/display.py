@@ -68,17 +68,18 @@ class RunReport(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         data, device = datamodule_of(trainer), trainer.strategy.root_device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         corpus, files = data.corpus, len(data.corpus.source.files)
+        network = getattr(module, "gpt", module)  # without the second head
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(
-            f"model    {sum(p.numel() for p in module.parameters()):,} parameters\n"
+            f"model    {sum(p.numel() for p in network.parameters()):,} parameters\n"
             f"corpus   {corpus.source.path}: {len(corpus.tokens):,} characters"
             f"{f' in {files:,} files' if files > 1 else ''}, {len(data.vocabulary)} distinct; "
             f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation\n"
-            f"step     {sequences_per_step(trainer)} sequences of {data.hparams['block_size']} "
-            f"characters: {data.hparams['batch_size']} per device x {trainer.world_size} "
-            f"device{'s' if trainer.world_size > 1 else ''} x "
-            f"{trainer.accumulate_grad_batches} accumulated\n"
+            f"batch    {sequences_per_step(trainer)} sequences of {data.hparams['block_size']} "
+            f"characters ({data.hparams['batch_size']} per device x {trainer.world_size} "
+            f"device{'s' * (trainer.world_size > 1)} x {trainer.accumulate_grad_batches} "
+            f"accumulation step{'s' * (trainer.accumulate_grad_batches > 1)})\n"
             f"device   {name}, precision {trainer.precision}\n"
             f"run      {self.run.folder if self.run else 'not saved'}"
         )

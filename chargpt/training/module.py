@@ -8,10 +8,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    Timer,
+)
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from chargpt.checkpoint_file import check_optimizer_state
 from chargpt.checkpoints import NETWORK_SETTINGS, describe
 from chargpt.data import CharDataModule
 from chargpt.model import GPT, GPTConfig, UserError
@@ -19,7 +24,7 @@ from chargpt.model.config import FRACTION, check
 from chargpt.training.optimizers import OPTIMIZERS, POLAR_EXPRESS, SCHEDULES
 from chargpt.vocabulary import Vocabulary
 
-Kind = TypeVar("Kind", bound=Callback)
+CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class TrainingConfig(GPTConfig):
     short_contexts: dict[int, float] | None = None
     """Sequence length warm-up, {context length: fraction of the run until which it is used}."""
     second_target: float = 0.0
-    """Weight of a second loss, of the character after the next; it falls to 0 at half the run."""
+    """Weight of an auxiliary loss for predicting the character after the next (multi-token
+    prediction); it decays to 0 halfway through the run."""
     compile: bool = False
     """Compile the network (torch.compile), which pays off on a GPU after a minute."""
     seed: int = 1337
@@ -70,7 +76,8 @@ class TrainingConfig(GPTConfig):
         most = len(POLAR_EXPRESS)
         check(self, "muon_iterations", f"1 to {most}", lambda n: 1 <= n <= most)
         if (self.optimizer == "muon") != (self.muon_lr is not None):
-            raise UserError("optimizer muon needs muon_lr, such as 0.02, and adamw takes none")
+            rule = "muon requires muon_lr (for example, 0.02); with adamw leave it unset"
+            raise UserError(f"optimizer {rule}")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
                 rule = f"lengths must divide block_size {self.block_size}, fractions be up to 1"
@@ -134,8 +141,18 @@ class GPTModule(LightningModule):
         except RuntimeError:  # load_from_checkpoint has none, and on_load_checkpoint builds
             return
         check_trainer(trainer, self.config)
+        self.build_once(datamodule_of(trainer).vocabulary)
+
+    def build_once(self, vocabulary: Vocabulary) -> None:
+        """Create the network, or check that the one there is has this vocabulary."""
         if not hasattr(self, "gpt"):
-            self.build(datamodule_of(trainer).vocabulary)
+            self.build(vocabulary)
+        elif vocabulary != self.vocabulary:
+            differing = sorted(set(vocabulary.characters) ^ set(self.vocabulary.characters))
+            raise UserError(
+                f"the text and the network differ in the characters {differing[:5]}\n"
+                "use the text that it was trained on, or train a new model"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # On all ranks, so that all stop; earlier checkpoints are left alone.
@@ -146,15 +163,7 @@ class GPTModule(LightningModule):
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        vocabulary = Vocabulary(checkpoint["vocabulary"])
-        if not hasattr(self, "gpt"):  # load_from_checkpoint, without a Trainer
-            self.build(vocabulary)
-        elif vocabulary != self.vocabulary:
-            differing = sorted(set(vocabulary.characters) ^ set(self.vocabulary.characters))
-            raise UserError(
-                f"the text and the checkpoint differ in the characters {differing[:5]}\n"
-                "use the text that it was trained on, or train a new model"
-            )
+        self.build_once(Vocabulary(checkpoint["vocabulary"]))
 
     def loss(self, hidden: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
         """Mean cross-entropy in nats per character, from hidden states (B, T, C)."""
@@ -245,6 +254,10 @@ class GPTModule(LightningModule):
             for group, own in zip(optimizer.param_groups, settings):
                 group.update(own)
 
+        def check_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            check_optimizer_state(state, [group["params"] for group in optimizer.param_groups])
+
+        optimizer.register_load_state_dict_pre_hook(check_state)
         optimizer.register_load_state_dict_post_hook(keep_settings)
         return optimizer
 
@@ -266,7 +279,7 @@ def elapsed_fraction(trainer: Trainer) -> float:
         if (remaining := timer.time_remaining()) is not None:
             elapsed = timer.time_elapsed()
             fraction = max(fraction, elapsed / (elapsed + max(remaining, 0.0)))
-    if fraction and trainer.world_size > 1:
+    if callbacks_of(trainer, Timer) and trainer.world_size > 1:
         agreed = torch.tensor(fraction, device=trainer.strategy.root_device)
         fraction = float(trainer.strategy.reduce(agreed, reduce_op="max"))
     return fraction
@@ -283,22 +296,23 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
         return
     if callbacks_of(trainer, StochasticWeightAveraging):
         raise UserError("StochasticWeightAveraging needs epochs; use EMAWeightAveraging")
+    if callbacks_of(trainer, GradientAccumulationScheduler):
+        raise UserError("GradientAccumulationScheduler needs epochs; set accumulate_grad_batches")
     counts_epochs = trainer.max_epochs not in (None, -1)
-    if type(trainer.limit_train_batches) is not int:  # an epoch never ends
+    if type(trainer.limit_train_batches) is not int:
+        why = "the training data is endless"
         if counts_epochs:
-            raise UserError(
-                "an epoch never ends: set max_steps instead, or limit_train_batches too"
-            )
+            raise UserError(f"{why}: set max_steps, or use max_epochs with limit_train_batches")
         if trainer.enable_validation and type(trainer.val_check_interval) is not int:
-            raise UserError("an epoch never ends: set val_check_interval to a number of batches")
+            raise UserError(f"{why}: set val_check_interval to a number of batches")
     scheduled = config.schedule != "constant" or config.short_contexts or config.second_target
     endless = trainer.max_steps == -1 and not counts_epochs and not callbacks_of(trainer, Timer)
     if scheduled and endless:
         raise UserError("schedule, short_contexts and second_target need max_steps or max_time")
 
 
-def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    """The callbacks of a kind."""
+def callbacks_of(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
+    """The callbacks of a class."""
     return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Optimizers (AdamW, Muon) and learning rate schedules; the tables below take further ones."""
+"""Optimizers (AdamW, Muon) and learning rate schedules; the tables below take more."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if tall := x.size(-2) > x.size(-1):
-        x = x.mT  # so that the products below are of the smaller side
+        x = x.mT  # so that x @ x.mT has the smaller dimension
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS[:ns_steps]:
         gram = x @ x.mT
@@ -80,7 +80,7 @@ class MuonAdamW(Optimizer):
             rows, columns = shape[-2] // group["stacked"], shape[-1]
             matrices = torch.stack([updates[i] for i in members]).view(-1, rows, columns)
             matrices = orthogonalize(matrices, group["ns_steps"]).reshape(len(members), *shape)
-            lr = group["lr"] * max(1, rows / columns) ** 0.5  # keeps the size of changes of outputs
+            lr = group["lr"] * max(1, rows / columns) ** 0.5  # output change independent of shape
             torch._foreach_add_([parameters[i] for i in members], matrices.unbind(), alpha=-lr)
 
     def adamw(self, group: dict[str, Any], parameters: list[Any]) -> None:
@@ -104,7 +104,7 @@ class MuonAdamW(Optimizer):
 def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, Any]]:
     """Two parameter groups for AdamW: matrices, which are decayed, and vectors, which are not.
 
-    Vectors are biases and gains of norms: a gain that decays to zero would remove its channel.
+    Vectors are biases and gains of norms: a gain pulled to 0 would remove its channel.
     """
     betas = (config.beta1, config.beta2)
     adamw = dict(lr=config.lr, initial_lr=config.lr, betas=betas, eps=config.eps)

@@ -20,6 +20,7 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
     max_steps=5000,
     val_check_interval=250,
     accumulate_grad_batches=1,
+    min_epochs=0,  # Lightning's 1 would never be reached, and min_steps would forbid to stop
     check_val_every_n_epoch=None,  # one endless epoch: everything is counted in steps
     num_sanity_val_steps=0,
     use_distributed_sampler=False,  # batches are already split between ranks, without padding
@@ -29,8 +30,8 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
 COUNTS = ("max_steps", "val_check_interval", "accumulate_grad_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 # The settings that define a run travel in its checkpoints: `fit --ckpt_path last` needs no others.
-OTHERS = ("max_epochs", "max_time", "gradient_clip_val", "precision", "log_every_n_steps")
-RUN_SETTINGS = (*COUNTS, *LIMITS, *OTHERS)
+RUN_SETTINGS = [*COUNTS, *LIMITS, "max_epochs", "max_time", "overfit_batches"]
+RUN_SETTINGS += ["gradient_clip_val", "precision", "log_every_n_steps"]
 
 
 def make_trainer(
@@ -49,20 +50,24 @@ def make_trainer(
     It takes the arguments of `lightning.Trainer`, but `val_check_interval` counts optimizer steps.
 
     Args:
-        callbacks: Further callbacks. A `RunCheckpoint` among them chooses the folder of the run.
-        logger: Loggers; by default TensorBoard's, in the folder of the run.
+        callbacks: Additional callbacks. A `RunCheckpoint` among them chooses the run folder.
+        logger: Loggers; by default TensorBoard's, in the run folder.
         plugins: Plugins of Lightning, such as a cluster environment.
         default_root_dir: The folder of lightning_logs; by default the current one.
         limit_train_batches: Batches of an epoch; the next one continues where it ends.
         limit_val_batches: Batches to validate on: 1 is one batch, 0.5 half of them, 1.0 all.
         limit_test_batches: Batches to test on, in the same way.
-        settings: Further arguments of `lightning.Trainer`.
+        settings: More arguments of `lightning.Trainer`.
     """
     limits = dict(zip(LIMITS, (limit_train_batches, limit_val_batches, limit_test_batches)))
     settings = TRAINER_DEFAULTS | settings | limits
     seconds = seconds_of(settings.get("max_time"))
     check_limits(settings | {"max_time": seconds})
-    callbacks, plugins, root = as_list(callbacks), as_list(plugins), Path(default_root_dir or ".")
+    callbacks, plugins, root = (
+        as_list(callbacks),
+        as_list(plugins),
+        Path(default_root_dir or ".").absolute(),
+    )
     barebones, saves = settings.get("barebones"), settings.get("enable_checkpointing") is not False
 
     run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
@@ -101,7 +106,7 @@ def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
     """Users' ModelCheckpoints write beside ours, but never to last.ckpt or best.ckpt."""
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-            same_names = callback.save_last or callback.filename in ("last", "best")
+            same_names = callback.save_last or str(callback.filename).lower() in ("last", "best")
             callback.dirpath = str(folder / "own" if same_names else folder)
 
 
@@ -113,7 +118,7 @@ def seconds_of(max_time: Any) -> float | None:
     """The seconds of a time limit: None, a timedelta, its arguments, or a string DD:HH:MM:SS."""
     try:
         return Timer(max_time).time_remaining()
-    except (TypeError, OverflowError, MisconfigurationException) as error:
+    except (TypeError, AttributeError, OverflowError, MisconfigurationException) as error:
         raise UserError(
             f"trainer.max_time {max_time} is not a duration\n"
             "write DD:HH:MM:SS, or a mapping such as {minutes: 20, seconds: 30}"
@@ -124,10 +129,14 @@ def check_limits(settings: dict[str, Any]) -> None:
     """Refuse limits that leave nothing to do, and what is not supported here."""
     if type(settings["val_check_interval"]) is not int:
         raise UserError("trainer.val_check_interval must be a number of steps")
-    for name in (*COUNTS, "max_time", "limit_train_batches", "check_val_every_n_epoch"):
-        value = settings[name]
-        if value is not None and value <= 0 and (name, value) != ("max_steps", -1):
+    others = ("max_epochs", "max_time", "limit_train_batches", "check_val_every_n_epoch")
+    for name in (*COUNTS, *others):
+        value, unlimited = settings.get(name), name in ("max_steps", "max_epochs")
+        if value is not None and value <= 0 and not (unlimited and value == -1):
             raise UserError(f"trainer.{name} is {value}; it must be at least 1")
+    batches, accumulate = settings["limit_train_batches"], settings["accumulate_grad_batches"]
+    if type(batches) is int and batches % accumulate:  # a partial step could not be resumed
+        raise UserError(f"limit_train_batches {batches} is no multiple of accumulate_grad_batches")
     if "spawn" in str(settings.get("strategy")):
         raise UserError("strategy ddp_spawn is not supported; use ddp, which also starts processes")
     if 0 < settings["max_steps"] < (settings.get("min_steps") or 0):

@@ -189,7 +189,7 @@ def wait_for_moment(moment: str, run: Run, rng: random.Random, seconds: float) -
         while last.stat().st_mtime_ns == before and time.monotonic() < end:
             time.sleep(0.0005)
         saved.append(time.monotonic())
-    time.sleep((saved[-1] - saved[-2]) * rng.uniform(0.8, 1))
+    time.sleep((saved[-1] - saved[0]) / 2 * rng.uniform(0.8, 1))
 
 
 # ---- stop ----
