@@ -327,6 +327,24 @@ def test_a_signal_ends_a_run_with_its_checkpoint_saved(
 
 
 @posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_during_setup_ends_the_run_with_its_status(
+    folder, forked, monkeypatch, name
+):  # 25
+    number, build = getattr(signal, name), chargpt.GPTModule.build
+
+    def interrupted(self, vocabulary) -> None:
+        signal.raise_signal(number)
+        build(self, vocabulary)
+
+    monkeypatch.setattr(chargpt.GPTModule, "build", interrupted)
+    status, err = forked(folder, "fit", "--config=tiny.yaml")
+    assert status == 128 + number, err
+    assert "Traceback" not in err
+    assert not (folder / "lightning_logs").exists()
+
+
+@posix
 def test_an_ignored_sighup_stays_ignored(folder, forked, at_step):  # 25
     at_step(2, lambda: signal.raise_signal(signal.SIGHUP))
     nohup = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -3,8 +3,10 @@
 import ctypes
 import errno
 import logging
+import signal
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from chargpt.data.module import TrainedText
 from chargpt.data.texts import NAMED_TEXTS
 from chargpt.model import UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
-from chargpt.training.checkpointing import RunCheckpoint, check_resumable
+from chargpt.training.checkpointing import SIGNALS, RunCheckpoint, check_resumable
 from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
 
 SEED = 1337
@@ -303,7 +305,10 @@ class TrainingCLI(LightningCLI):
             self.checkpoint.clear()  # the Trainer reads it again
             method = getattr(self.trainer, self.command)
             quiet = {} if is_fit else {"verbose": False}  # `run` prints the scores
-            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet)
+            with ended_by_signals(self.trainer):
+                method(
+                    self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet
+                )
         finally:
             self.release()
         if is_fit and self.checkpoint_path and self.trainer.global_step == step:
@@ -313,6 +318,28 @@ class TrainingCLI(LightningCLI):
             )
         if self.trainer.received_sigterm:  # Lightning would end with status 0
             raise SystemExit(143)
+
+
+@contextmanager
+def ended_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Let signals end all processes of a run, until RunCheckpoint handles them in training.
+
+    By default they would end this process, and leave those that Lightning has started.
+    """
+
+    def end(signum: int, frame: Any) -> None:
+        if trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(signal.Signals(signum))
+        raise SystemExit(128 + signum)
+
+    signals = [signum for signum in SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in signals:
+        signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 class ConfigFile(Callback):
