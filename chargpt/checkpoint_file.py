@@ -1,4 +1,4 @@
-"""Safe reading of checkpoint files: tensors and plain values, whoever wrote the file.
+"""Safe reading of checkpoint files: tensors and plain values, from anyone.
 
 `torch.load(weights_only=True)` runs no code, but lets a file of a kilobyte allocate all memory
 (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks here bound what a file
@@ -26,7 +26,7 @@ GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 def read_tensors_and_plain_values(path: Path) -> Any:
     """Load a file written by `torch.save` onto the CPU.
 
-    No code runs, and memory stays proportional to the size of the file. The result contains dicts,
+    No code runs, and the content is bounded by the size of the file. The result contains dicts,
     lists, tuples, strings, numbers, booleans, None, and dense, contiguous tensors.
 
     Raises:

@@ -268,7 +268,7 @@ class TrainingCLI(LightningCLI):
             settings["logger"] = False
         elif self.run_checkpoint:
             config = self.config.clone()
-            config.ckpt_path = None  # whoever uses config.yaml starts a new run
+            config.ckpt_path = None  # a command that uses config.yaml starts a new run
             callbacks.append(ConfigFile(self.parser, config, self.run_checkpoint))
         try:
             return make_trainer(callbacks=callbacks, **settings)
