@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import chargpt
 from chargpt.atomic_file import atomic_write
@@ -130,13 +131,26 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     if config.n_layer > len(weights):  # before any memory is allocated for so many
         raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:
-        with torch.device("meta"):  # the weights come from the file: none are allocated or drawn
+        with (
+            torch.device("meta"),
+            SkipNormal(),
+        ):  # the weights come from the file: none are allocated or drawn
             gpt = GPT(config, len(vocabulary))
         gpt.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
         reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
         raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
     return gpt, vocabulary
+
+
+class SkipNormal(TorchFunctionMode):
+    """Draws no weights: on the meta device that would import a compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = kwargs or {}
+        if func is nn.init.normal_:
+            return arguments["tensor"]
+        return func(*args, **arguments)
 
 
 def validation_loss(checkpoint: dict[str, Any]) -> float | None:

@@ -103,14 +103,18 @@ def test_imports_have_no_cycles():
     TopologicalSorter(GRAPH | script).prepare()  # a CycleError names the cycle
 
 
-def test_generating_imports_no_lightning_and_loading_no_parser_either():
+def test_generating_imports_no_lightning_and_loading_no_parser_or_compiler_either(tmp_path):
     code = (
         "import sys, chargpt; assert 'torch' not in sys.modules; chargpt.load; chargpt.Vocabulary; chargpt.GPT\n"
         "assert not {'lightning', 'torchmetrics', 'jsonargparse'} & sys.modules.keys()\n"
+        "gpt = chargpt.GPT(chargpt.GPTConfig(n_embd=8, n_head=2, n_layer=1), 2)\n"
+        "chargpt.save(gpt, chargpt.Vocabulary('ab'), sys.argv[1]); chargpt.load(sys.argv[1])\n"
+        "assert 'torch._dynamo' not in sys.modules\n"  # a second
         "import chargpt.cli.predict\n"
         "assert not {'lightning', 'torchmetrics', 'pytorch_lightning'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    command = [sys.executable, "-c", code, str(tmp_path / "a.ckpt")]
+    subprocess.run(command, check=True, cwd=PACKAGE.parent)
 
 
 # ---- private names of other libraries ----
