@@ -131,12 +131,12 @@ def test_predict_writes_the_text_and_nothing_else_to_standard_output(trained, co
 
 def test_predict_takes_prompts_and_stop_strings_and_writes_json_lines(run, command, monkeypatch):
     (run / "prompts.txt").write_text("The king\n\nof\n")
-    flags = ("max_new_chars=30", r'stop=["e", "\n\n"]', "exact_window=true", "num_samples=2")
+    flags = ("max_new_chars=30", r'stop=["e", "\n\n"]', "num_samples=2")
     flags += ("prompts=prompts.txt", "output=texts.jsonl", "format=jsonl")
     result = command(run, "predict", *(f"--generate.{flag}" for flag in flags))
     assert (result.status, result.out) == (0, "")
     monkeypatch.chdir(run)
-    settings = dict(max_new_chars=30, stop=["e", "\n\n"], exact_window=True)
+    settings = dict(max_new_chars=30, stop=["e", "\n\n"])
     texts = chargpt.load().complete_all(["The king", "", "of"], num_samples=2, **settings)
     lines = (run / "texts.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == sum(texts, [])
