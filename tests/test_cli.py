@@ -431,10 +431,10 @@ CONFIGS = {
     ("args", "status", "words"),
     [
         # the command
-        ([], 2, "no command given"),
+        ([], 2, "the command comes first"),
         (["fitt"], 2, "did you mean fit?"),
-        (["--verbose"], 2, "the command comes before the options"),
-        (["--config=tiny.yaml", "fit"], 2, "the command comes before the options"),
+        (["--verbose"], 2, "the command comes first"),
+        (["--config=tiny.yaml", "fit"], 2, "the command comes first"),
         # flags
         (["fit", "--model.n_emb=3"], 2, "did you mean --model.n_embd?"),
         (["predict", "--generate.promt=x"], 2, "did you mean --generate.prompt?"),
