@@ -14,7 +14,7 @@ from chargpt.cli.predict import SEPARATOR, predict
 from chargpt.cli.predict import run as run_command
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
-from chargpt.text_generator import TextChunk, TextGenerator
+from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import UnknownCharacterError
 
 GENERATOR = make_generator()
@@ -142,7 +142,7 @@ def test_texts_are_written_in_order_as_soon_as_they_are_complete(monkeypatch):
 
     def chunks(*_):
         for row, text, last in [(0, "a", False), (1, "b", True), (0, "c", True), (2, "d", True)]:
-            yield TextChunk(row, text, last)
+            yield row, text, last
             written.append(reader.getvalue().decode().replace(SEPARATOR, "").split())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
@@ -157,7 +157,7 @@ def test_a_single_text_is_streamed_character_by_character(monkeypatch):
 
     def chunks(*_):
         for character in "abc":
-            yield TextChunk(0, character, character == "c")
+            yield 0, character, character == "c"
             streamed.append(reader.getvalue().decode().strip())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
