@@ -330,9 +330,8 @@ class TrainingCLI(LightningCLI):
         saved = self.checkpoint["datamodule_hyper_parameters"]
         if saved.keys() >= TEXT_RECORD:
             size, digest, train_characters = (saved[name] for name in sorted(TEXT_RECORD))
-            named = self.is_given("data.corpus")
-            self.datamodule.trained_text = TrainedText(size, digest, train_characters, named)
-            self.datamodule.allow_other_text = self.command != "fit"
+            required = self.command == "fit" or not self.is_given("data.corpus")
+            self.datamodule.trained_text = TrainedText(size, digest, train_characters, required)
         elif saved.get("corpus") not in NAMED_TEXTS and not self.is_given("data.corpus"):
             raise UserError(
                 "the checkpoint does not record the text that it was trained on\n"
