@@ -90,7 +90,8 @@ def read_file(file: TextFile) -> Iterator[str]:
             try:
                 text = stream.read(CHUNK)
             except UnicodeDecodeError as error:
-                offset = stream.buffer.tell() - len(error.object) + error.start
+                read = stream.buffer.tell()  # type: ignore[attr-defined]
+                offset = read - len(error.object) + error.start
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}"
                 message = f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
                 raise UserError(message) from error
