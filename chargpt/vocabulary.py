@@ -27,20 +27,19 @@ class UnknownCharacterError(UserError):
 
 @dataclass(unsafe_hash=True)
 class Vocabulary:
-    """Characters to ids and back: an id is an index into the sorted distinct characters of a text.
+    """Characters to ids and back: an id is an index into the distinct characters of a text.
 
     Raises:
-        UserError: the characters are not sorted or not distinct.
+        UserError: the characters are not distinct.
     """
 
     characters: str
-    """The distinct characters in ascending order: all that has to be stored in a checkpoint."""
+    """The distinct characters in the order of their ids, all that a checkpoint has to store."""
 
     def __post_init__(self) -> None:
         self._codes = codes = code_points(self.characters)  # id -> code point
-        if (codes[1:] <= codes[:-1]).any():
-            rule = "a vocabulary's characters must be distinct and in ascending order"
-            raise UserError(f"{rule}; Vocabulary.from_text(text) sorts them")
+        if len(set(self.characters)) < len(codes):
+            raise UserError("a vocabulary's characters must be distinct")
         self.dtype = np.min_scalar_type(max(len(codes) - 1, 0))
         # code point -> id; the last entry is for all code points beyond the table
         self._ids = np.full(int(codes.max(initial=0)) + 2, UNKNOWN, dtype=np.int32)
@@ -50,6 +49,10 @@ class Vocabulary:
     def from_text(cls, text: str) -> Vocabulary:
         """The vocabulary of the characters that occur in `text`."""
         return cls("".join(sorted(set(text))))
+
+    def extended(self, other: Vocabulary) -> Vocabulary:
+        """This vocabulary, followed by those characters of another that it lacks."""
+        return Vocabulary("".join(dict.fromkeys(self.characters + other.characters)))
 
     def __len__(self) -> int:
         return len(self.characters)

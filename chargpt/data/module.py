@@ -45,6 +45,7 @@ class CharDataModule(LightningDataModule):
     """
 
     corpus: Corpus  # set by `prepare_data` or `setup`
+    vocabulary: Vocabulary  # of the text, or of the network (`use_vocabulary`)
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class CharDataModule(LightningDataModule):
         # Set by the command line from a checkpoint before the text is opened, which then rejects
         # a changed text and any split that would evaluate on training data.
         self.trained_text: TrainedText | None = None
+        self.ids: np.ndarray | None = None  # of the text in the vocabulary of a network
 
     def prepare_data(self) -> None:
         """Open and split the text, which is downloaded and encoded if that was not done before.
@@ -84,6 +86,7 @@ class CharDataModule(LightningDataModule):
             if trained and trained.required and source.size != trained.size:
                 raise other_text(source)  # before anything of it is read
             self.corpus = open_corpus(source)
+            self.vocabulary = self.corpus.vocabulary
         except OSError as error:
             raise UserError(
                 f"cannot access {error.filename}: {error.strerror}\n"
@@ -130,9 +133,16 @@ class CharDataModule(LightningDataModule):
                     "--data.batch_size, or other fractions"
                 )
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.corpus.vocabulary
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Serve ids of a network's vocabulary, which must contain all characters of the text."""
+        characters = self.corpus.vocabulary.characters
+        if unknown := sorted(set(characters) - set(vocabulary.characters)):
+            raise UserError(
+                f"{self.corpus.source.path} has characters that the network does not know: "
+                f"{unknown[:5]}\nuse a different text, or start a new run with fit --init_from"
+            )
+        self.vocabulary = vocabulary
+        self.ids = None if characters == vocabulary.characters else vocabulary.encode(characters)
 
     def train_dataloader(self) -> DataLoader:
         # Lightning has restored global_step: resume with the micro-batch that comes next.
@@ -156,7 +166,7 @@ class CharDataModule(LightningDataModule):
         if trainer:
             settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(
-            dataset(tokens, h["block_size"], h["batch_size"], **settings),
+            dataset(tokens, h["block_size"], h["batch_size"], ids=self.ids, **settings),
             batch_size=None,  # the dataset yields whole batches
             num_workers=h["num_workers"],
             pin_memory=torch.cuda.is_available(),
