@@ -1,6 +1,7 @@
 """Text generator: a network and its vocabulary together, text in, text out."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +81,9 @@ class TextGenerator(nn.Module):
         rows = [row for row in map(self.encode, prompts) for _ in range(num_samples)]
         samples = list(range(num_samples)) * len(prompts)
         stops = [self.encode(stop) for stop in config.stop_strings]
+        if "\r" in self.vocabulary.characters:  # of a text with CR LF line endings
+            crlf = [re.sub("\r?\n", "\r\n", stop) for stop in config.stop_strings]
+            stops += [self.encode(stop) for stop in crlf]
         characters = self.vocabulary.characters
         batches = (slice(start, start + MAX_ROWS) for start in range(0, len(rows), MAX_ROWS))
         return (

@@ -101,7 +101,11 @@ class Vocabulary:
         if len(unknown) > MAX_NAMED:
             named.append(f"and {len(unknown) - MAX_NAMED:,} other characters")
         count = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
-        return f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} {count}"
+        message = f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} {count}"
+        if "\\" in unknown and "\\n" in text:
+            message += "\n\\n is not a newline here: write --generate.prompt $'\\n' in a shell, or "
+            message += "--generate.stop '[\"\\n\"]'"
+        return message
 
 
 def code_points(text: str) -> np.ndarray:

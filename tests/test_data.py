@@ -181,10 +181,10 @@ def test_splits(tmp_path):
         (dict(batch_size=-1), "batch_size is -1"),
         (dict(num_workers=-1), "num_workers is -1"),
         (dict(seed=-1), "seed is -1"),
-        (dict(val_fraction=-0.1), "val_fraction is -0.1; it must be at least 0"),
+        (dict(val_fraction=-0.1), "val_fraction is -0.1; it must be from 0 to 1"),
         (
-            dict(val_fraction=0.5, test_fraction=0.5),
-            "test_fraction is 0.5; it must be less than 1 -",
+            dict(val_fraction=0.5, test_fraction=0.6),
+            "test_fraction is 0.6; it must be at most 1 -",
         ),
         (dict(val_fraction=float("nan")), "val_fraction is nan"),
         (dict(order="sorted"), "order is sorted; it must be random or epochs"),
@@ -320,3 +320,51 @@ def test_another_text_may_be_scored_with_any_split_but_not_trained_on(tmp_path):
     setup_with(tmp_path, trained, corpus=str(other), val_fraction=0.5)
     with pytest.raises(UserError, match="other.txt is not the text.*\n.*omit --ckpt_path"):
         setup_with(tmp_path, trained._replace(required=True), corpus=str(other))
+
+
+# --- a text of its own to validate on ---
+
+
+def write_val(folder, text: str = "egg fed a cab\n" * 3) -> str:
+    path = folder / "val.txt"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_validation_text_leaves_the_whole_corpus_to_training(tmp_path):
+    data = make_data(tmp_path, val_corpus=write_val(tmp_path), val_fraction=0.5, test_fraction=0.1)
+    data.setup()
+    assert (len(data.train_tokens), len(data.test_tokens)) == (1800, 200)
+    batches = [batch.long() for batch in data.val_dataloader()]
+    targets = torch.cat([batch[:, 1:].flatten() for batch in batches])
+    text = (tmp_path / "val.txt").read_text()
+    assert data.vocabulary.decode(targets) == text[1:]  # in the ids of the corpus
+    assert len(data.vocabulary) == 10 > len(set(text)) == 9
+    assert data.hparams["val_corpus"] == str(tmp_path / "val.txt")
+    assert data.hparams["val_corpus_bytes"] == len(text)
+    assert data.hparams["val_corpus_digest"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_validation_text_with_unknown_characters_is_refused_by_name(tmp_path):
+    data = make_data(tmp_path, val_corpus=write_val(tmp_path, "hag fed z"))
+    data.setup()
+    with pytest.raises(UserError, match=r"val.txt has characters .* does not know: \['z'\]"):
+        data.use_vocabulary(data.vocabulary)
+
+
+def test_a_changed_validation_text_is_refused_unless_it_is_named(tmp_path):
+    path = write_val(tmp_path)
+    digest = hashlib.sha256((tmp_path / "val.txt").read_bytes()).hexdigest()
+    recorded = TrainedText(42, digest, 0, required=True)
+
+    def setup(recorded):
+        data = make_data(tmp_path, val_corpus=path)
+        data.validated_text = recorded
+        data.setup()
+
+    setup(recorded)
+    write_val(tmp_path, "egg fed a bac\n" * 3)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="val.txt is not the text"):
+        setup(recorded)
+    setup(recorded._replace(required=False))

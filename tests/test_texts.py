@@ -43,9 +43,9 @@ def test_a_folder_is_its_txt_files_in_order_of_their_paths(tmp_path, data_dir):
     for name in ("b.txt", "a/z.txt", "a.txt", "C.TXT", "notes.md"):
         write(folder / name, f"<{name}>")
     corpus = open_text(str(folder), data_dir)
-    assert corpus.vocabulary.decode(corpus.tokens) == "<C.TXT><a.txt><a/z.txt><b.txt>"
+    assert corpus.vocabulary.decode(corpus.tokens) == "<C.TXT>\n<a.txt>\n<a/z.txt>\n<b.txt>"
     assert corpus.source.path == folder
-    assert (len(corpus.source.files), corpus.source.size) == (4, len(corpus.tokens))
+    assert (len(corpus.source.files), corpus.source.size) == (4, len(corpus.tokens) - 3)
     assert len(list(folder.rglob("*"))) == 6  # nothing was written there
 
 
@@ -80,7 +80,20 @@ def test_linked_files_and_folders_are_read_once(tmp_path, data_dir):
         link(tmp_path / "books" / name, tmp_path / "elsewhere")
     for name in ("x.txt", "y.txt"):
         link(tmp_path / "books" / name, tmp_path / "c.txt")
-    assert read(tmp_path / "books", data_dir) == "1st2nd3rd"
+    assert read(tmp_path / "books", data_dir) == "1st\n2nd\n3rd"
+
+
+def test_a_file_that_ends_without_a_newline_gets_one_before_the_next(tmp_path, data_dir):
+    for name, text in dict(a="no", b="yes\n", c="", d="no", e="").items():
+        write(tmp_path / f"books/{name}.txt", text)
+    assert read(tmp_path / "books", data_dir) == "noyes\nno".replace("no", "no\n", 1) + "\n"
+
+
+def test_a_byte_order_mark_is_left_out_with_a_warning(tmp_path, data_dir):
+    for name in ("a", "b"):
+        write(tmp_path / f"books/{name}.txt", b"\xef\xbb\xbfcaf\xc3\xa9\n")
+    with pytest.warns(UserWarning, match="b.txt: the byte order mark .* is left out"):
+        assert read(tmp_path / "books", data_dir) == "café\ncafé\n"
 
 
 def test_a_link_to_nothing_is_named(tmp_path, data_dir):
@@ -147,6 +160,11 @@ def test_python_reference_is_available_offline(data_dir):
     assert all(topic in text for topic in topics.values())
     if sys.version_info[:2] == (3, 11):
         assert (len(text), len(corpus.vocabulary)) == (465_048, 103)
+
+
+def test_a_named_text_has_its_name_even_if_it_is_given_as_a_path(data_dir):
+    path = write(data_dir / "mine/input.txt", "some text")
+    assert texts.resolve_corpus(path, data_dir).name == "mine"
 
 
 def test_a_folder_in_the_data_dir_is_a_named_text(data_dir):

@@ -79,7 +79,7 @@ def test_any_text_is_restored(tmp_path, text, chunk):
         for file in token_files(tmp_path):
             file.unlink()  # the clock may be too coarse to distinguish two texts of one size
         corpus = open_text(path, tmp_path / "data")
-    assert corpus.vocabulary.decode(corpus.tokens) == text
+    assert corpus.vocabulary.decode(corpus.tokens) == text.removeprefix("\ufeff")
 
 
 @pytest.mark.parametrize("size, dtype", [(256, "uint8"), (257, "uint16"), (65_537, "uint32")])
@@ -131,7 +131,7 @@ def test_a_folder_with_a_new_file_is_encoded_again(tmp_path, data_dir):
     write(tmp_path / "books/a.txt", "abab")
     open_text(str(tmp_path / "books"), data_dir)
     write(tmp_path / "books/b.txt", "c")
-    assert len(open_text(str(tmp_path / "books"), data_dir).tokens) == 5
+    assert len(open_text(str(tmp_path / "books"), data_dir).tokens) == 6  # and a newline
 
 
 def overwrite(path: Path, position: int, data: bytes) -> None:

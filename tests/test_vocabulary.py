@@ -96,6 +96,18 @@ def test_the_error_names_code_point_position_and_similar_characters():
     assert "\n" not in message
 
 
+def test_a_newline_that_was_typed_literally_is_explained():
+    for known, explained in (("abn", True), ("abn\\", False)):
+        try:
+            Vocabulary(known).encode(r"a\nbx")
+        except UnknownCharacterError as error:
+            assert (r"\n is not a newline here" in str(error)) == explained
+            assert len(str(error).splitlines()) == 1 + explained
+    with pytest.raises(UnknownCharacterError) as error:
+        Vocabulary("abn").encode(r"a\b")
+    assert "newline" not in str(error.value)
+
+
 def test_the_error_message_for_many_unknown_characters_is_short():
     text = "".join(map(chr, range(0x4E00, 0x5E00))) * 5
     with pytest.raises(UnknownCharacterError) as error:

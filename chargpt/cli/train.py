@@ -3,6 +3,8 @@
 import ctypes
 import errno
 import logging
+import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ LINKS = {  # given once, for all that need it
 }
 # The settings of the data that a checkpoint restores; folders and workers are the user's.
 TEXT_RECORD = {"corpus_bytes", "corpus_digest", "train_characters"}
+VAL_RECORD = TEXT_RECORD | {"val_corpus_bytes", "val_corpus_digest"}
 DATA_SETTINGS = ("corpus", "block_size", "batch_size", "val_fraction", "test_fraction", "order")
 
 
@@ -76,6 +79,7 @@ def run(command: str, args: list[str]) -> None:
     if command != "fit" and cli.trainer.is_global_zero:
         for name, value in cli.trainer.callback_metrics.items():
             print(name, value.item())
+        cli.print_score()
 
 
 def plain_message(error: BaseException | None) -> str | None:
@@ -217,6 +221,8 @@ class TrainingCLI(LightningCLI):
         self.checkpoint = read_checkpoint(path)
         build_network(self.checkpoint, path)  # says what is wrong with it, if anything
         restored = restored_settings(self.checkpoint, path, with_trainer=self.command == "fit")
+        if self.command != "fit" and self.is_given("data.corpus"):  # which is scored instead
+            restored["data.val_corpus"] = None
         self.parser.set_defaults(restored)
         return restored
 
@@ -247,17 +253,19 @@ class TrainingCLI(LightningCLI):
         if self.config.model.position == "rotary":  # no weight depends on the length
             fixed -= {"block_size"}
         if self.command == "fit":  # scores would not be comparable
-            fixed |= {"val_fraction", "test_fraction", "limit_val_batches"}
+            fixed |= {"val_corpus", "val_fraction", "test_fraction", "limit_val_batches"}
         changes = []
         for flag, before in restored.items():
             now, name = self.config[flag], flag.partition(".")[2]
+            if name in ("corpus", "val_corpus") and now and before:
+                continue  # its path may differ, the text may not
             second_head = name == "second_target" and bool(now) != bool(before)
             if now != before and (name in fixed or second_head):
                 raise UserError(
                     f"{name} is {before} in the checkpoint and cannot be changed to {now}: its "
                     "weights, state or scores would not fit\ntrain a new model to change it"
                 )
-            if now != before and flag != "data.corpus":  # its path may differ, the text may not
+            if now != before:
                 changes.append(f"{flag} {before} -> {now}")
         if self.command == "fit":
             print_changes(changes)
@@ -332,6 +340,10 @@ class TrainingCLI(LightningCLI):
             size, digest, train_characters = (saved[name] for name in sorted(TEXT_RECORD))
             required = self.command == "fit" or not self.is_given("data.corpus")
             self.datamodule.trained_text = TrainedText(size, digest, train_characters, required)
+            if saved.keys() >= VAL_RECORD:
+                size, digest = saved["val_corpus_bytes"], saved["val_corpus_digest"]
+                required = self.command == "fit" or not self.is_given("data.val_corpus")
+                self.datamodule.validated_text = TrainedText(size, digest, 0, required)
         elif saved.get("corpus") not in NAMED_TEXTS and not self.is_given("data.corpus"):
             raise UserError(
                 "the checkpoint does not record the text that it was trained on\n"
@@ -367,6 +379,18 @@ class TrainingCLI(LightningCLI):
             )
         if self.trainer.received_sigterm:  # Lightning would end with status 0
             raise SystemExit(143)
+
+    def print_score(self) -> None:
+        """What was scored, and the loss in the usual units, on standard error."""
+        corpus = (
+            self.datamodule.val_corpus if self.command == "validate" else self.datamodule.corpus
+        )
+        nats, bits = (value.item() for value in self.trainer.callback_metrics.values())
+        print(
+            f"scored   {self.model.scored:,} characters of {corpus.source.path}: {nats:.4f} nats, "
+            f"{bits:.4f} bits per character, perplexity {math.exp(nats):.4f}",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -414,8 +438,12 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
                 "not support\nuse the version that wrote it"
             )
     recorded = data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS
+    val_corpus = data.get("val_corpus") if data.keys() >= VAL_RECORD else None
+    stored, name = data.get("corpus"), data.get("corpus_name")
+    if isinstance(stored, str) and isinstance(name, str) and not os.path.exists(stored):
+        data = {**data, "corpus": name}  # on a different machine
     data = {name: data[name] for name in DATA_SETTINGS if name in data}
-    data |= {"block_size": model.get("block_size", 0)}
+    data |= {"block_size": model.get("block_size", 0), "val_corpus": val_corpus}
     if not recorded:  # nothing says that this text is the one that was trained on
         data.pop("corpus", None)
     config = TrainingConfig(**model)

@@ -30,9 +30,7 @@ class RandomSequences(IterableDataset[Tensor]):
     rank: int = 0
     world_size: int = 1
     start_batch: int = 0  # k of the first batch
-    ids: np.ndarray | None = (
-        None  # of the characters in another vocabulary, by their id in `tokens`
-    )
+    ids: np.ndarray | None = None  # in a different vocabulary, by the ids in `tokens`
 
     def starts(self, k: int) -> np.ndarray:
         """First positions of the sequences in the global batch k, (world_size * B,)."""

@@ -1,10 +1,11 @@
-"""The LightningDataModule: one text, split, served in batches of ids (B, T + 1)."""
+"""The LightningDataModule: a text, split, or two texts, served in batches of ids (B, T + 1)."""
 
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from chargpt.data.datasets import EpochSequences, EvaluationSequences, RandomSequences
@@ -18,7 +19,7 @@ ORDERS = {"random": RandomSequences, "epochs": EpochSequences}
 
 
 class TrainedText(NamedTuple):
-    """The text that a checkpoint was trained on."""
+    """A text that a checkpoint was trained or validated on."""
 
     size: int  # bytes of all its files
     digest: str
@@ -27,7 +28,7 @@ class TrainedText(NamedTuple):
 
 
 class CharDataModule(LightningDataModule):
-    """Batches of one text: its first part for training, the rest for validation and testing.
+    """Batches of a text: its first part for training, the rest for validation and testing.
 
     Args:
         corpus: tiny-shakespeare, python-reference, a text file, or a folder of .txt files.
@@ -35,8 +36,9 @@ class CharDataModule(LightningDataModule):
         fallback_corpus: named text to use, with a warning, if a named text is unavailable.
         block_size: maximum context in characters; the model's follows from it.
         batch_size: sequences in a batch, on each device.
-        val_fraction: fraction of the text for validation, after the training part.
-        test_fraction: fraction of the text for testing, at its end.
+        val_corpus: a text to validate on, instead of a fraction of the corpus.
+        val_fraction: fraction of the corpus for validation, after the training part.
+        test_fraction: fraction of the corpus for testing, at its end.
         order: random positions, or epochs: each character once before any is read again, which is
             better for a text that is read several times.
         num_workers: processes that load batches; loading is so cheap that 0 is usually fastest,
@@ -44,14 +46,16 @@ class CharDataModule(LightningDataModule):
         seed: chooses the sequences; the command line fills in seed_everything.
     """
 
-    corpus: Corpus  # set by `prepare_data` or `setup`
-    vocabulary: Vocabulary  # of the text, or of the network (`use_vocabulary`)
+    corpus: Corpus  # these three are set by `prepare_data` or `setup`
+    val_corpus: Corpus  # the same text, unless there is one of its own
+    vocabulary: Vocabulary  # of the corpus, or of the network (`use_vocabulary`)
 
     def __init__(
         self,
         corpus: str = "tiny-shakespeare",
         data_dir: str | None = None,
         fallback_corpus: str | None = None,
+        val_corpus: str | None = None,
         block_size: int = 256,
         batch_size: int = 64,
         val_fraction: float = 0.1,
@@ -65,13 +69,14 @@ class CharDataModule(LightningDataModule):
         h = self.hparams
         check(h, "block_size batch_size", "at least 1", lambda n: n >= 1)
         check(h, "num_workers seed", "at least 0", lambda n: n >= 0)
-        check(h, "val_fraction test_fraction", *FRACTION)
-        check(h, "test_fraction", "less than 1 - val_fraction", lambda x: x + val_fraction < 1)
+        check(h, "val_fraction", "from 0 to 1", lambda fraction: 0 <= fraction <= 1)
+        check(h, "test_fraction", *FRACTION)
+        check(h, "test_fraction", "at most 1 - val_fraction", lambda x: x + val_fraction <= 1)
         check(h, "order", " or ".join(ORDERS), lambda order: order in ORDERS)
-        # Set by the command line from a checkpoint before the text is opened, which then rejects
+        # Set by the command line from a checkpoint before the texts are opened, which then rejects
         # a changed text and any split that would evaluate on training data.
         self.trained_text: TrainedText | None = None
-        self.ids: np.ndarray | None = None  # of the text in the vocabulary of a network
+        self.validated_text: TrainedText | None = None  # val_corpus
 
     def prepare_data(self) -> None:
         """Open and split the text, which is downloaded and encoded if that was not done before.
@@ -81,92 +86,116 @@ class CharDataModule(LightningDataModule):
         if hasattr(self, "corpus"):
             return
         h, trained = self.hparams, self.trained_text
-        try:
-            source = resolve_corpus(h["corpus"], h["data_dir"], h["fallback_corpus"])
-            if trained and trained.required and source.size != trained.size:
-                raise other_text(source)  # before anything of it is read
-            self.corpus = open_corpus(source)
-            self.vocabulary = self.corpus.vocabulary
-        except OSError as error:
-            raise UserError(
-                f"cannot access {error.filename}: {error.strerror}\n"
-                "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
-            ) from error
-        if trained and trained.required and self.corpus.digest != trained.digest:
-            raise other_text(source)
-        N = len(self.corpus.tokens)
+        self.corpus = self.open_text(h["corpus"], h["fallback_corpus"], trained)
+        self.val_corpus, self.vocabulary = self.corpus, self.corpus.vocabulary
+        N, val_fraction = len(self.corpus.tokens), 0.0 if h["val_corpus"] else h["val_fraction"]
         test_start = int(N * (1 - h["test_fraction"]))
-        val_start = int(N * (1 - h["val_fraction"] - h["test_fraction"]))
+        val_start = int(N * (1 - val_fraction - h["test_fraction"]))
         parts = np.split(self.corpus.tokens, [val_start, test_start])
         self.train_tokens, self.val_tokens, self.test_tokens = parts
+        if h["val_corpus"]:
+            self.val_corpus = self.open_text(h["val_corpus"], None, self.validated_text)
+            self.val_tokens = self.val_corpus.tokens
         self.check_lengths()
         if trained and self.corpus.digest == trained.digest:
             n_trained = trained.train_characters
             if val_start < n_trained - 1:  # a sum of fractions may round differently
                 raise UserError(
-                    f"the first {n_trained:,} characters of {source.path} were trained on, but "
-                    f"this split trains on {val_start:,} and scores the rest\n"
+                    f"the first {n_trained:,} characters of {self.corpus.source.path} were trained "
+                    f"on, but this split trains on {val_start:,} and scores the rest\n"
                     "use a smaller --data.val_fraction or --data.test_fraction"
                 )
 
+    def open_text(self, corpus: str, fallback: str | None, trained: TrainedText | None) -> Corpus:
+        required = trained if trained and trained.required else None
+        try:
+            source = resolve_corpus(corpus, self.hparams["data_dir"], fallback)
+            if required and source.size != required.size:
+                raise other_text(source)  # before anything of it is read
+            opened = open_corpus(source)
+        except OSError as error:
+            raise UserError(
+                f"cannot access {error.filename}: {error.strerror}\n"
+                "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
+            ) from error
+        if required and opened.digest != required.digest:
+            raise other_text(source)
+        if "\r" in opened.vocabulary.characters:
+            rank_zero_warn(
+                f"{source.path} has carriage returns (CR LF line endings, as on Windows?), which "
+                "are characters like others; a stop string with \\n matches CR LF too"
+            )
+        return opened
+
     def setup(self, stage: str | None = None) -> None:
-        """Open the text in all processes, and record it in the hyperparameters."""
+        """Open the texts in all processes, and record them in the hyperparameters."""
         self.prepare_data()
-        source, _, _, digest = self.corpus
-        if self.trainer and self.trainer.strategy.broadcast(digest) != digest:
-            raise UserError(f"{source.path} differs between machines\ncopy it to all of them again")
-        texts = dict(corpus=str(source.path), corpus_name=source.name, corpus_digest=digest)
-        sizes = dict(corpus_bytes=source.size, train_characters=len(self.train_tokens))
-        self.save_hyperparameters(texts | sizes)
+        digests = [self.corpus.digest, self.val_corpus.digest]
+        if self.trainer and self.trainer.strategy.broadcast(digests) != digests:
+            path = self.corpus.source.path
+            raise UserError(f"{path} differs between machines\ncopy it to all of them again")
+        for name in ("corpus", "val_corpus") if self.hparams["val_corpus"] else ("corpus",):
+            source, _, _, digest = getattr(self, name)
+            texts = {name: str(source.path), f"{name}_name": source.name}
+            self.save_hyperparameters(
+                texts | {f"{name}_digest": digest, f"{name}_bytes": source.size}
+            )
+        self.save_hyperparameters(dict(train_characters=len(self.train_tokens)))
 
     def check_lengths(self) -> None:
         h = self.hparams
-        for use, part, minimum in (
-            ("training", self.train_tokens, max(h["block_size"] + 1, h["batch_size"])),
-            ("validation", self.val_tokens, 2),
-            ("testing", self.test_tokens, 2 if h["test_fraction"] else 0),
+        trains = self.trainer is None or self.trainer.state.fn == "fit"
+        for use, corpus, part, minimum in (
+            ("training", self.corpus, self.train_tokens, max(h["block_size"] + 1, h["batch_size"])),
+            ("validation", self.val_corpus, self.val_tokens, 2),
+            ("testing", self.corpus, self.test_tokens, 2 if h["test_fraction"] else 0),
         ):
-            if len(part) < minimum:
+            if len(part) < minimum and (trains or use != "training"):
                 raise UserError(
-                    f"{use} needs {minimum:,} characters, but {self.corpus.source.path} leaves "
+                    f"{use} needs {minimum:,} characters, but {corpus.source.path} leaves "
                     f"{len(part):,}\nuse a longer text, or a smaller --data.block_size or "
                     "--data.batch_size, or other fractions"
                 )
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Serve ids of a network's vocabulary, which must contain all characters of the text."""
-        characters = self.corpus.vocabulary.characters
-        if unknown := sorted(set(characters) - set(vocabulary.characters)):
-            raise UserError(
-                f"{self.corpus.source.path} has characters that the network does not know: "
-                f"{unknown[:5]}\nuse a different text, or start a new run with fit --init_from"
-            )
+        """Serve ids of a network's vocabulary, which must contain all characters of the texts."""
+        for corpus in (self.corpus, self.val_corpus):
+            if unknown := set(corpus.vocabulary.characters) - set(vocabulary.characters):
+                raise UserError(
+                    f"{corpus.source.path} has characters that the network does not know: "
+                    f"{sorted(unknown)[:5]}\nuse a text without them; or add those of a training "
+                    "text to the network, in a new run with fit --init_from"
+                )
         self.vocabulary = vocabulary
-        self.ids = None if characters == vocabulary.characters else vocabulary.encode(characters)
 
     def train_dataloader(self) -> DataLoader:
         # Lightning has restored global_step: resume with the micro-batch that comes next.
         h, trainer = self.hparams, self.trainer
         start_batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
         dataset = ORDERS[h["order"]]
-        return self.loader(dataset, self.train_tokens, seed=h["seed"], start_batch=start_batch)
+        settings = dict(seed=h["seed"], start_batch=start_batch)
+        return self.loader(dataset, self.corpus, self.train_tokens, **settings)
 
     def val_dataloader(self) -> DataLoader:
-        return self.loader(EvaluationSequences, self.val_tokens)
+        return self.loader(EvaluationSequences, self.val_corpus, self.val_tokens)
 
     def test_dataloader(self) -> DataLoader:
         if len(self.test_tokens) == 0:
             raise UserError(
                 "there is no test split\nset --data.test_fraction for `fit`, or `validate`"
             )
-        return self.loader(EvaluationSequences, self.test_tokens)
+        return self.loader(EvaluationSequences, self.corpus, self.test_tokens)
 
-    def loader(self, dataset: type[Any], tokens: np.ndarray, **settings: int) -> DataLoader:
+    def loader(
+        self, dataset: type[Any], corpus: Corpus, tokens: np.ndarray, **settings: Any
+    ) -> DataLoader:
         h, trainer = self.hparams, self.trainer
+        if corpus.vocabulary != self.vocabulary:
+            settings["ids"] = self.vocabulary.encode(corpus.vocabulary.characters)
         if trainer:
             settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(
-            dataset(tokens, h["block_size"], h["batch_size"], ids=self.ids, **settings),
+            dataset(tokens, h["block_size"], h["batch_size"], **settings),
             batch_size=None,  # the dataset yields whole batches
             num_workers=h["num_workers"],
             pin_memory=torch.cuda.is_available(),

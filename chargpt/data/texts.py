@@ -19,6 +19,7 @@ from typing import NamedTuple
 from chargpt.atomic_file import atomic_write
 from chargpt.model import UserError
 
+FORMAT = 2  # of token files
 TIMEOUT_S = 15  # of a download: to connect, and between two packets
 
 
@@ -62,7 +63,9 @@ def resolve_corpus(
     if not files:
         raise UserError(f"there is no .txt file in {path}\nuse a different folder or a text file")
     # The hash makes the name of the token file unique; the stem lets a person recognize it.
-    state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    state = hashlib.sha256(json.dumps([FORMAT, files]).encode()).hexdigest()[:16]
+    if path == folder / path.parent.name / "input.txt":  # even if it was given as a path
+        corpus = path.parent.name
     return TextSource(corpus, path, files, folder / "tokens" / f"{path.stem[:40]}-{state}.npy")
 
 

@@ -6,11 +6,13 @@ times of the text's files: a text that changes gets a new token file, and a run 
 keeps reading its own. Token files that no run needs may be deleted.
 """
 
+import codecs
 import hashlib
 import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -78,14 +80,24 @@ def scan(source: TextSource) -> tuple[Vocabulary, int, str]:
 
 
 def read_text(source: TextSource) -> Iterator[str]:
-    """The characters of a text in chunks."""
+    """The characters of a text in chunks, with a newline after a file that ends without one."""
+    end = "\n"
     for file in source.files:
-        yield from read_file(file)
+        if end != "\n":
+            yield "\n"
+        for text in read_file(file):
+            yield text
+            end = text[-1:] or end
 
 
 def read_file(file: TextFile) -> Iterator[str]:
-    """The characters of a file in chunks; line endings are not translated."""
-    with open(file.path, "rb") as data, io.TextIOWrapper(data, "utf-8", newline="") as stream:
+    """The characters of a file in chunks, without a byte order mark; line endings are kept."""
+    with open(file.path, "rb") as data:
+        if data.read(3) == codecs.BOM_UTF8:
+            warnings.warn(f"{file.path}: the byte order mark (BOM) is left out", stacklevel=2)
+        else:
+            data.seek(0)
+        stream = io.TextIOWrapper(data, "utf-8", newline="")
         text = "not at the end"
         while text:
             try:
@@ -95,7 +107,7 @@ def read_file(file: TextFile) -> Iterator[str]:
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}"
                 message = f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
                 raise UserError(message) from error
-            status = os.fstat(stream.fileno())  # each time: the file may grow without end
+            status = os.fstat(data.fileno())  # each time: the file may grow without end
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise UserError(f"{file.path} changed while it was read\nstart again")
             yield text

@@ -62,12 +62,15 @@ def describe_training(checkpoint: dict[str, Any]) -> tuple[str, str]:
     linked = {"block_size", "seed", "_instantiator"}
     local = {"data_dir", "fallback_corpus", "corpus_name"}  # specific to the training machine
     local |= {"corpus_digest", "corpus_bytes", "train_characters"}  # found out by `fit`
+    local |= {"val_corpus_name", "val_corpus_digest", "val_corpus_bytes"}
     settings = {
         "seed_everything": model.get("seed"),
         "model": {name: value for name, value in model.items() if name not in linked},
         "data": {k: v for k, v in data.items() if k not in (linked - {"block_size"}) | local},
     }
     settings["data"]["corpus"] = corpus
+    if val_corpus := data.get("val_corpus"):
+        settings["data"]["val_corpus"] = Path(str(val_corpus).replace("\\", "/")).name
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return (
         corpus,

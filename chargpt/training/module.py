@@ -123,6 +123,7 @@ class GPTModule(LightningModule):
         # NaN counts: a loss that is not a number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 0.0  # fraction of the run that is over
+        self.scored = 0  # characters in the last evaluation
         self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
 
     @classmethod
@@ -267,6 +268,8 @@ class GPTModule(LightningModule):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
         self.log(f"{split}_loss", loss, prog_bar=True)
         self.log(f"{split}_bpc", loss / math.log(2))
+        count = self.mean_loss.weight.clone()  # reduced in place
+        self.scored = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
