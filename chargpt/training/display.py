@@ -104,11 +104,11 @@ class RunReport(Callback):
         for stopping in trainer.early_stopping_callbacks:
             if stopping.stopping_reason_message:
                 print(f"\nEarlyStopping stopped the run: {stopping.stopping_reason_message}")
-        if self.run and self.run.best_score is not None:
-            print(f"\nbest validation loss {self.run.best_score:.4f}: {self.run.path(BEST)}")
+        if self.run and self.run.best:
+            print(f"\nbest validation loss {self.run.best.loss:.4f}: {self.run.path(BEST)}")
             for board in tensorboards(trainer):
                 hparams = {**datamodule_of(trainer).hparams, **module.hparams}
-                scores = {"best_val_loss": self.run.best_score}
+                scores = {"best_val_loss": self.run.best.loss}
                 board.log_hyperparams(hparams, scores, step=trainer.global_step)
 
 

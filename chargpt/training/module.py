@@ -114,7 +114,7 @@ class GPTModule(LightningModule):
         self.save_hyperparameters(asdict(self.config))
         # NaN counts: a loss that is not a number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
-        self.progress = 0.0  # fraction of the run that is over
+        self.progress = 1.0  # fraction of the run that is over; set by each training batch
 
     def build(self, vocabulary: Vocabulary) -> None:
         """Create the network for a vocabulary; its initial weights depend on the seed only."""
@@ -130,6 +130,11 @@ class GPTModule(LightningModule):
         self.hidden_states = GPT.hidden_states
         if self.config.compile:
             self.hidden_states = torch.compile(GPT.hidden_states)
+
+    @property
+    def context(self) -> int:
+        """The context length that the run trains on at present."""
+        return self.config.context_at(self.progress)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the next character at every position, (B, T) -> (B, T, V)."""
@@ -160,6 +165,7 @@ class GPTModule(LightningModule):
             raise diverged("a weight", math.nan, self.global_step)
         ours = describe(self.vocabulary)
         checkpoint["vocabulary"] = ours["vocabulary"]
+        ours["chargpt"]["context"] = self.context
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -185,8 +191,7 @@ class GPTModule(LightningModule):
         self.progress = min(1.0, max(steps, elapsed_fraction(self.trainer)))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        batch = batch.long()  # (B, T + 1), narrow integers until here
-        context = self.config.context_at(self.progress)
+        batch, context = batch.long(), self.context  # (B, T + 1), narrow integers until here
         # A sequence of T characters becomes T / context shorter ones.
         ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
         self.seed_dropout(batch_idx)
@@ -225,9 +230,15 @@ class GPTModule(LightningModule):
         if len(batch) == 0:  # a rank with no sequence left
             return
         batch = batch.long()
-        ids, targets = batch[:, :-1], batch[:, 1:]
-        loss = self.loss(self.hidden_states(self.gpt, ids), targets)
-        self.mean_loss.update(loss, targets.numel())
+        T = batch.size(1) - 1
+        # While a run trains on short contexts, longer ones would only show that it has not yet.
+        context = min(T, self.context) if self.trainer.state.fn == "fit" else T
+        size = T // context * context  # the last sequence of a split may leave a rest
+        for ids, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1)):
+            length = min(context, ids.size(1))
+            ids, targets = ids.reshape(-1, length), targets.reshape(-1, length)
+            loss = self.loss(self.hidden_states(self.gpt, ids), targets)
+            self.mean_loss.update(loss, targets.numel())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all characters of the split, in nats and in bits (bpc)."""
