@@ -55,8 +55,9 @@ def resolve_corpus(
     except UnavailableError as error:
         if fallback is None or fallback == corpus:
             raise
-        message = f"{corpus} is unavailable, so {fallback} is used instead\n{error}"
-        warnings.warn(message, stacklevel=2)
+        reason, _, advice = str(error).partition("\n")
+        message = f"{corpus} is unavailable, so {fallback} is used instead: {reason}."
+        warnings.warn(f"{message} To use {corpus}, {advice}.", stacklevel=2)
     return resolve_corpus(fallback, data_dir)
 
 

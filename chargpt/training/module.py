@@ -212,7 +212,7 @@ class GPTModule(LightningModule):
     @property
     def logs_this_step(self) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 if barebones
-        return every > 0 and (self.global_step + 1) % every == 0
+        return every > 0 and (self.global_step == 0 or (self.global_step + 1) % every == 0)
 
     def log_progress(self, loss: Tensor) -> None:
         # The mean of all ranks, which then stop together; reduced in place, so a copy.
@@ -246,7 +246,7 @@ class GPTModule(LightningModule):
         loss = self.mean_loss.compute()  # of all ranks together
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
-        self.log(f"{split}_loss", loss, prog_bar=True)
+        self.log(f"{split}_loss", loss)
         self.log(f"{split}_bpc", loss / math.log(2))
 
     on_test_epoch_start = on_validation_epoch_start
