@@ -26,6 +26,7 @@ FOLDER = "checkpoints"  # in a run folder
 BEST = "best.ckpt"
 LAST = "last.ckpt"
 NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
+WEIGHT_SETTINGS = [name for name in NETWORK_SETTINGS if not name.endswith("dropout")]
 PARTS = {
     "state_dict": dict,
     "hyper_parameters": dict,
@@ -37,9 +38,14 @@ PARTS = {
 TRAINING_PARTS = {"loops": dict, "callbacks": dict, "optimizer_states": list}
 
 
+def find_checkpoints(root: str | Path) -> list[Path]:
+    """The last and best checkpoints of all runs under `root`."""
+    return [path for name in (LAST, BEST) for path in Path(root, LOGS).glob(f"*/{FOLDER}/{name}")]
+
+
 def newest_run(root: str | Path = ".") -> Path:
     """The run under `root`/lightning_logs whose checkpoint was written last."""
-    found = [path for name in (LAST, BEST) for path in Path(root, LOGS).glob(f"*/{FOLDER}/{name}")]
+    found = find_checkpoints(root)
     if not found:
         raise UserError(
             f"no run with a checkpoint in {Path(root, LOGS).absolute()}\n"

@@ -35,9 +35,6 @@ class GenerationConfig:
     command line a list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
     """Seed of the random choices."""
-    exact_window: bool = False
-    """Past block_size characters, use a sliding window of exactly block_size characters, which is
-    slow: all are recomputed for each new one. Otherwise a full window is cut to its newest half."""
 
     def __post_init__(self) -> None:
         check(self, "max_new_chars", "at least 0", lambda n: n >= 0)
@@ -135,17 +132,17 @@ class SequenceState:
         return chunk
 
 
-def window_length(length: int, block_size: int, exact: bool = False) -> int:
+def window_length(length: int, block_size: int) -> int:
     """How many of the newest characters of a text the network sees: at most block_size.
 
     A full window is cut to its newest half (rounded up) and grows again, so that the cost of a
-    character doesn't depend on the length of the text; if `exact`, it slides. Dropping just the
-    oldest keys and values would be wrong: those of the others were computed from it. The result
-    depends on the length only, so that continuing a text is the same as generating it in one go.
+    character doesn't depend on the length of the text. Dropping just the oldest keys and values
+    would be wrong: those of the others were computed from it. The result depends on the length
+    only, so that continuing a text is the same as generating it in one go.
     """
     if length <= block_size:
         return length
-    min_window = block_size if exact else (block_size + 1) // 2
+    min_window = (block_size + 1) // 2
     return min_window + (length - block_size - 1) % (block_size - min_window + 1)
 
 
@@ -168,10 +165,9 @@ def generate(
         yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
     block_size = gpt.config.block_size
-    min_window = window_length(block_size + 1, block_size, config.exact_window)
     texts = []
     for row, prompt in enumerate(prompts):
-        window = list(prompt[-window_length(len(prompt), block_size, config.exact_window) :])
+        window = list(prompt[-window_length(len(prompt), block_size) :])
         texts.append(SequenceState(row, samples[row] if samples else 0, len(prompt), window))
     cache = KVCache(gpt, len(texts), max(map(len, prompts)) + config.max_new_chars)
     to_prefill = list(range(len(texts)))
@@ -196,7 +192,7 @@ def generate(
             cache.select_rows(unfinished)
         to_prefill = [row for row, text in enumerate(texts) if len(text.window) > block_size]
         for row in to_prefill:
-            del texts[row].window[:-min_window]
+            del texts[row].window[: -window_length(block_size + 1, block_size)]
 
 
 def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequence[int]) -> None:

@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike
 from chargpt.model import UserError
 
 UNKNOWN = -1
-MAX_NAMED = 10  # an error names this many different characters ...
-MAX_POSITIONS = 3  # ... and this many positions of each
+MAX_NAMED = 10  # an error names this many different characters
 
 # Characters that people paste, and what an old text has instead, the most likely first.
 STAND_INS = dict.fromkeys("‘’′`´", "'") | dict.fromkeys("“”„«»", "\"'")
@@ -28,20 +27,19 @@ class UnknownCharacterError(UserError):
 
 @dataclass(unsafe_hash=True)
 class Vocabulary:
-    """Characters to ids and back: an id is an index into the sorted distinct characters of a text.
+    """Characters to ids and back: an id is an index into the distinct characters of a text.
 
     Raises:
-        UserError: the characters are not sorted or not distinct.
+        UserError: the characters are not distinct.
     """
 
     characters: str
-    """The distinct characters in ascending order: all that has to be stored in a checkpoint."""
+    """The distinct characters in the order of their ids, all that a checkpoint has to store."""
 
     def __post_init__(self) -> None:
         self._codes = codes = code_points(self.characters)  # id -> code point
-        if (codes[1:] <= codes[:-1]).any():
-            rule = "a vocabulary's characters must be distinct and in ascending order"
-            raise UserError(f"{rule}; Vocabulary.from_text(text) sorts them")
+        if len(set(self.characters)) < len(codes):
+            raise UserError("a vocabulary's characters must be distinct")
         self.dtype = np.min_scalar_type(max(len(codes) - 1, 0))
         # code point -> id; the last entry is for all code points beyond the table
         self._ids = np.full(int(codes.max(initial=0)) + 2, UNKNOWN, dtype=np.int32)
@@ -51,6 +49,10 @@ class Vocabulary:
     def from_text(cls, text: str) -> Vocabulary:
         """The vocabulary of the characters that occur in `text`."""
         return cls("".join(sorted(set(text))))
+
+    def extended(self, other: Vocabulary) -> Vocabulary:
+        """This vocabulary, followed by those characters of another that it lacks."""
+        return Vocabulary("".join(dict.fromkeys(self.characters + other.characters)))
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -63,7 +65,7 @@ class Vocabulary:
         """
         ids = self._ids.take(code_points(text), mode="clip")
         if ids.min(initial=0) == UNKNOWN:
-            raise UnknownCharacterError(self._describe_unknown(text, ids))
+            raise UnknownCharacterError(self._describe_unknown(text))
         return ids.astype(self.dtype)
 
     def decode(self, ids: ArrayLike) -> str:
@@ -84,28 +86,23 @@ class Vocabulary:
             raise UserError(f"{wrong} is outside the vocabulary of {len(self):,} characters")
         return self._codes[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
-    def _describe_unknown(self, text: str, ids: np.ndarray) -> str:
-        positions: dict[str, list[int]] = {}
-        for position in np.flatnonzero(ids == UNKNOWN).tolist():
-            positions.setdefault(text[position], []).append(position)
-        named = [self._describe(*entry) for entry in list(positions.items())[:MAX_NAMED]]
-        if len(positions) > MAX_NAMED:
-            named.append(f"and {len(positions) - MAX_NAMED:,} other characters")
-        known = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
-        return f"unknown character{'s' * (len(positions) > 1)} {'; '.join(named)} {known}"
-
-    def _describe(self, character: str, positions: list[int]) -> str:
-        where = ", ".join(map(str, positions[:MAX_POSITIONS]))
-        if len(positions) > MAX_POSITIONS:
-            where += f" and {len(positions) - MAX_POSITIONS:,} more"
-        # Similar characters: in the other case, a plain quote or hyphen, without the accent.
-        bare = unicodedata.normalize("NFKD", character)[0]
-        similar = [character.swapcase(), *STAND_INS.get(character, ""), bare, bare.swapcase()]
-        known = [repr(c) for c in dict.fromkeys(similar) if c in set(self.characters)]
-        nearest = ", nearest known: " + " or ".join(known) if known else ""
-        # a combining mark would be drawn over the quote before it
-        shown = ascii(character) if unicodedata.combining(character) else repr(character)
-        return f"{shown} (U+{ord(character):04X}) at position {where}{nearest}"
+    def _describe_unknown(self, text: str) -> str:
+        """Which characters of a text are unknown, where they are first, and what is similar."""
+        known = set(self.characters)
+        unknown = [character for character in dict.fromkeys(text) if character not in known]
+        named = []
+        for c in unknown[:MAX_NAMED]:
+            # In the other case, a plain quote or hyphen, without the accent.
+            bare = unicodedata.normalize("NFKD", c)[0]
+            similar = dict.fromkeys([c.swapcase(), *STAND_INS.get(c, ""), bare, bare.swapcase()])
+            nearest = " or ".join(repr(s) for s in similar if s in known)
+            shown = ascii(c) if unicodedata.combining(c) else repr(c)  # drawn over the quote
+            where = f"{shown} (U+{ord(c):04X}) at position {text.index(c)}"
+            named.append(where + f", nearest known: {nearest}" * bool(nearest))
+        if len(unknown) > MAX_NAMED:
+            named.append(f"and {len(unknown) - MAX_NAMED:,} other characters")
+        count = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
+        return f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} {count}"
 
 
 def code_points(text: str) -> np.ndarray:

@@ -182,15 +182,10 @@ def window_by_the_rule(ids: list[int], block_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def decode_greedily(
-    network: nn.Module, prompt: list[int], n: int, exact_window: bool = False
-) -> list[int]:
+def decode_greedily(network: nn.Module, prompt: list[int], n: int) -> list[int]:
     """The prompt and n greedily decoded ids, the whole window recomputed for each."""
     ids = list(prompt)
     for _ in range(n):
-        if exact_window:
-            window = ids[-network.block_size :]
-        else:
-            window = window_by_the_rule(ids, network.block_size)
+        window = window_by_the_rule(ids, network.block_size)
         ids.append(int(network(torch.tensor([window]))[0, -1].argmax()))
     return ids

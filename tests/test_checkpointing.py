@@ -44,12 +44,10 @@ def snapshot(folder: Path) -> dict[Path, bytes | None]:
 
 
 def test_a_second_process_in_the_same_folder_is_refused(run, command):
-    """And it changes no file there: CSVLogger would replace the metrics of the first."""
-    (run / RUN / "metrics.csv").write_text("step,val_loss\n1,2.0\n")
-    loggers = [f"--trainer.logger+={name}Logger" for name in ("TensorBoard", "CSV")]
+    """And it changes no file there."""
     with FileLock(run / RUN / ".lock"):
         before = snapshot(run / RUN)
-        result = command(run, *RESUME, *loggers)
+        result = command(run, *RESUME)
         assert result.status == 1
         assert "error: another process is training in" in result.err
         assert snapshot(run / RUN) == before
@@ -268,7 +266,7 @@ def test_a_network_is_not_used_with_the_vocabulary_of_a_different_text(tmp_path)
     module = GPTModule.load_from_checkpoint(last(tmp_path))
     (tmp_path / "other.txt").write_text("ijklmnop \n" * 200)
     other = make_data(tmp_path, corpus=str(tmp_path / "other.txt"))
-    with pytest.raises(UserError, match="differ in the characters"):
+    with pytest.raises(UserError, match="does not know"):
         make_trainer(tmp_path / "new").validate(module, other, verbose=False)
 
 

@@ -30,10 +30,10 @@ GREEDY = GenerationConfig(temperature=0)
 WARM = GenerationConfig(temperature=1.5)
 
 
-def write(gpt, prompts, max_new, config=WARM, exact_window=False, **arguments) -> list[list[int]]:
+def write(gpt, prompts, max_new, config=WARM, **arguments) -> list[list[int]]:
     """The ids that `generate` appends to each prompt."""
     texts = [[] for _ in prompts]
-    config = replace(config, max_new_chars=max_new, exact_window=exact_window)
+    config = replace(config, max_new_chars=max_new)
     for chunks in generate(gpt, prompts, config, **arguments):
         for index, ids, _ in chunks:
             texts[index] += ids
@@ -48,33 +48,23 @@ def test_window_length_follows_the_documented_rule(length, block_size):
     kept = window_length(length, block_size)
     assert kept == len(window_by_the_rule(list(range(length)), block_size))
     assert min(length, block_size / 2) <= kept <= block_size
-    assert window_length(length, block_size, exact=True) == min(length, block_size)
 
 
 @ARCHITECTURES
-@pytest.mark.parametrize("exact", [False, True], ids=["halving", "exact"])
 @pytest.mark.parametrize("block_size", [10, 5, 2, 1])
-def test_greedy_decoding_equals_recomputing_each_window(switches, exact, block_size):
+def test_greedy_decoding_equals_recomputing_each_window(switches, block_size):
     gpt = random_gpt(block_size=block_size, **switches)
     reference = reference_of(gpt)
     lengths = sorted({1, max(block_size - 1, 1), block_size, 3 * block_size})
     prompts = [random_prompt(length, seed=length) for length in lengths]
     expected = [
-        decode_greedily(reference, prompt, 3 * block_size, exact)[len(prompt) :]
+        decode_greedily(reference, prompt, 3 * block_size)[len(prompt) :]
         for prompt in prompts
     ]
     for prompt, text in zip(prompts, expected):
-        assert write(gpt, [prompt], 3 * block_size, GREEDY, exact_window=exact) == [text]
+        assert write(gpt, [prompt], 3 * block_size, GREEDY) == [text]
     eight = (prompts * 8)[:8]
-    assert write(gpt, eight, 3 * block_size, GREEDY, exact_window=exact) == (expected * 8)[:8]
-
-
-def test_both_kinds_of_window_give_the_same_text_until_the_window_is_full():
-    gpt = random_gpt()
-    for length in (1, 9):
-        n = 10 - length + 1  # the last of these follows exactly block_size characters
-        prompt = [random_prompt(length)]
-        assert write(gpt, prompt, n, exact_window=True) == write(gpt, prompt, n)
+    assert write(gpt, eight, 3 * block_size, GREEDY) == (expected * 8)[:8]
 
 
 def test_continuing_a_text_equals_generating_it_in_one_go():

@@ -88,18 +88,6 @@ def test_a_stop_string_that_starts_in_the_prompt_does_not_count():
     ) == (generator.complete(other, max_new_chars=1))
 
 
-@torch.no_grad()
-def test_the_exact_window_slides():
-    generator = make_generator(position="rotary")
-    ids = generator.encode("abc")
-    for _ in range(40):
-        ids.append(generator.gpt(torch.tensor([ids[-8:]]))[0, -1].argmax().item())
-    text = "".join(CHARACTERS[id] for id in ids)
-    settings = dict(max_new_chars=40, temperature=0)
-    assert generator.complete("abc", exact_window=True, **settings) == text
-    assert generator.complete("abc", **settings) != text
-
-
 def test_an_empty_prompt_starts_from_a_newline_or_from_the_first_character():
     generator = make_generator()
     assert generator.complete("", max_new_chars=20) == generator.complete("\n", max_new_chars=20)

@@ -1,4 +1,4 @@
-"""export: a checkpoint as a self-contained HTML page, or as a folder for Hugging Face."""
+"""export: a checkpoint as a self-contained HTML page, for Hugging Face, or as ONNX."""
 
 import sys
 from importlib import import_module
@@ -10,7 +10,7 @@ from chargpt.cli.parsing import add_ckpt_path, command_parser, parse_or_exit
 from chargpt.model import UserError
 from chargpt.text_generator import TextGenerator
 
-FORMATS = {"page": "chargpt.export.page", "huggingface": "chargpt.export.huggingface"}
+FORMATS = {name: f"chargpt.export.{name}" for name in ("page", "huggingface", "onnx")}
 
 
 def run(command: str, args: list[str]) -> None:
@@ -20,7 +20,8 @@ def run(command: str, args: list[str]) -> None:
         "--to",
         type=Literal[tuple(FORMATS)],  # type: ignore[valid-type]
         required=True,
-        help="page: a self-contained HTML page that generates text; huggingface: a model folder.",
+        help="page: a self-contained HTML page that generates text; huggingface: a model folder; "
+        "onnx: a file for other runtimes.",
     )
     parser.add_argument("--output", type=str, required=True, help="The file or folder to write.")
     add_ckpt_path(parser)
@@ -38,7 +39,7 @@ def run(command: str, args: list[str]) -> None:
     module = import_module(FORMATS[config.to])
     output = Path(config.output).expanduser()
     try:
-        module.export(generator, checkpoint, output, config.export.dtype)
+        result = module.export(generator, checkpoint, output, config.export.dtype)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    print(f"wrote {config.output}", file=sys.stderr)
+    print(f"wrote {config.output}{f': {result}' if result else ''}", file=sys.stderr)

@@ -4,7 +4,6 @@ import atexit
 import difflib
 import gc
 import os
-import signal
 import sys
 import warnings
 from importlib import import_module
@@ -20,7 +19,7 @@ COMMANDS = {  # each is a function `run(command, args)` in the module that is na
     "export": ("export", "Export a checkpoint as a web page or a Hugging Face model."),
     "import": ("import_nanogpt", "Import a checkpoint of nanoGPT as a run."),
 }
-SYNONYMS = {"train": "fit", "generate": "predict", "sample": "predict", "evaluate": "validate"}
+SYNONYMS = {"train": "fit", "generate": "predict"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -36,28 +35,18 @@ def main(args: list[str] | None = None) -> None:
         refuse_command(command)
     else:
         sys.path.append(folder := os.getcwd())  # a user's own classes, as with `python -m`
-        show_warning = warnings.showwarning
-        warnings.showwarning = print_warning
+        show_warning, warnings.showwarning = warnings.showwarning, print_warning
         try:
-            run(command, rest)
+            module = import_module(f"chargpt.cli.{COMMANDS[command][0]}")
+            from chargpt.model import UserError
+
+            try:
+                module.run(command, rest)
+            except (UserError, MemoryError) as error:
+                fail(str(error) or "out of memory")
         finally:
             warnings.showwarning = show_warning
             sys.path.remove(folder)
-
-
-def run(command: str, args: list[str]) -> None:
-    try:
-        if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "chargpt.__main__":
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        module = import_module(f"chargpt.cli.{COMMANDS[command][0]}")
-        from chargpt.model import UserError
-
-        try:
-            module.run(command, args)
-        except (UserError, MemoryError) as error:
-            fail(str(error) or "out of memory")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def print_help() -> None:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -34,26 +35,17 @@ def find_config(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         path = shipped_configs().get(name, path)
-    if not path.is_file():
-        kind = "is a folder" if name and path.is_dir() else "there is no such file"
-        fail(f"--config {name}: {kind}\nshipped are {', '.join(shipped_configs())}", status=2)
-    check_config(path)
-    return str(path)
-
-
-def check_config(path: Path) -> None:
-    """Refuse a file without settings, and a value in place of a group: jsonargparse drops it."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path}: {error}", status=2)
-    except (yaml.YAMLError, KeyError):  # jsonargparse says where
-        return
-    if not isinstance(settings, dict):
-        fail(f"{path} has no settings\nwrite, for example, model: {{n_layer: 4}}", status=2)
-    for group in ("trainer", "model", "data", "generate"):
-        if not isinstance(settings.get(group, {}), dict):
-            fail(f"{path}: {group} is {settings[group]}; it must have settings", status=2)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shipped = ", ".join(shipped_configs())
+        fail(f"cannot read the file --config {name}: {reason}\nshipped are {shipped}", status=2)
+    with suppress(yaml.YAMLError, AttributeError, KeyError):  # jsonargparse says what is wrong
+        for group in ("trainer", "model", "data", "generate"):  # but it would drop a value
+            if not isinstance(value := yaml.safe_load(text).get(group, {}), dict):
+                fail(f"{path}: {group} is {value}; it must have settings", status=2)
+    return str(path)
 
 
 def find_configs(args: list[str]) -> list[str]:
@@ -97,15 +89,15 @@ def parse_or_exit(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Nam
 def explain(parser: ArgumentParser, message: str) -> str:
     """jsonargparse's message in a line or two; for an unknown name, with the nearest known one."""
     if match := UNKNOWN.search(message):
-        given = ".".join(filter(None, match.groups()))
-        name, hyphens = given.split("=")[0].lstrip("-"), "--" if given.startswith("-") else ""
+        name = ".".join(filter(None, match.groups())).split("=")[0]
+        hyphens, name = "--" * name.startswith("-"), name.lstrip("-")
         known = list(parser.get_defaults().keys())
         if near := nearest(name, known):
             return f"there is no option {hyphens}{name}\ndid you mean {hyphens}{near}?"
         if hyphens:
-            return f"there is no option {given}\n--help after the command lists them all"
+            return f"there is no option --{name}\n--help after the command lists them all"
         if "unrecognized" in message and "generate.prompt" in known:
-            return f'unexpected argument {given}\ndid you mean --generate.prompt "{given}"?'
+            return f'unexpected argument {name}\ndid you mean --generate.prompt "{name}"?'
     if "Key must be a string" in message:  # ngrams of a configuration for training
         return "the configuration file has settings of other commands"
     if "expected one argument" in message:
@@ -123,22 +115,16 @@ def explain_value(problem: str) -> str:
     value = (re.findall(r"value: (.*)", problem) or [""])[-1]
     if choices := re.findall(r"[\w.-]+", ",".join(re.findall(r"Literal\[(.*?)\]", problem))):
         return f"{value} is not one of {', '.join(dict.fromkeys(choices))}"
-    if "Problem with given" in problem:  # a class that cannot be created from its arguments
-        return " ".join(problem[problem.index("Problem") :].split("\n    - ")[0].split())
-    if match := re.search(r"Import path .* does not correspond to .*", problem):
-        return match[0]
-    if match := re.search(r"Expected a <class '(?:\w+\.)*(\w+)'>", problem):
+    if match := re.search(r"Expected a <class '(int|float|bool)'>", problem):
         kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-        return f"{value} is not {kinds.get(match[1], match[1])}"
+        return f"{value} is not {kinds[match[1]]}"
     return " ".join(problem.split())
 
 
 def nearest(wrong: str, names: list[str]) -> str | None:
     """The nearest name, by its last part too: people type --lr."""
     by_last = {name.rpartition(".")[2]: name for name in names}
-    group, _, last = wrong.rpartition(".")
-    same_group = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == group}
-    for known in (same_group, by_last):
-        if near := difflib.get_close_matches(last, known, n=1, cutoff=0.7):
-            return known[near[0]]
-    return None
+    if near := difflib.get_close_matches(wrong, names, n=1, cutoff=0.8):
+        return near[0]
+    near = difflib.get_close_matches(wrong.rpartition(".")[2], by_last, n=1, cutoff=0.7)
+    return by_last[near[0]] if near else None

@@ -1,23 +1,20 @@
 """predict: prompts to texts. It needs neither Lightning nor the text that was trained on."""
 
-import codecs
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
 from chargpt.cli.parsing import add_ckpt_path, command_parser, find_configs, parse_or_exit
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
-from chargpt.text_generator import TextChunk, TextGenerator
+from chargpt.text_generator import TextGenerator
 
-Write = Callable[[str], object]
 SEPARATOR = "-" * 40 + "\n"
 
 
@@ -55,7 +52,7 @@ def predict(
         prompts: A file with a prompt per line, instead of `prompt`. They are generated in batches,
             each as if it were alone.
         num_samples: Texts per prompt.
-        output: A file instead of standard output. Written atomically once generation finishes.
+        output: A file instead of standard output.
         format: "text": each with its prompt, separated by a line of hyphens; or "jsonl": a line
             per text, with the keys prompt, text, seed, sample, settings and checkpoint.
         sampling: the fields of `GenerationConfig`.
@@ -75,49 +72,21 @@ def predict(
         line |= {"sample": row % num_samples, "settings": settings, "checkpoint": str(checkpoint)}
         return json.dumps(line, ensure_ascii=False) + "\n"
 
-    finished = True
-    with destination(output) as write:
-        streamed = len(texts) == 1 and format == "text"
-        finished = write_texts(texts, chunks, entry, write, streamed)
-    if not finished:  # the output file now contains what was generated before
-        raise KeyboardInterrupt
-
-
-def write_texts(
-    texts: list[str],
-    chunks: Iterator[TextChunk],
-    entry: Callable[[int], str],
-    write: Write,
-    streamed: bool,
-) -> bool:
-    """Append the chunks to the texts (first: the prompts) and write the entry of each text.
-
-    Entries are written in order when complete, or in pieces if `streamed`. On Ctrl-C, write every
-    completed text (or, if there is only one, what exists of it) and return False.
-    """
+    streamed = len(texts) == 1 and format == "text"
     complete: set[int] = set()
-    written = 0
-
-    def finish(row: int) -> None:
-        write(entry(row)[len(texts[row]) if streamed else 0 :])
-
-    try:
-        write(texts[0] if streamed else "")
+    written = 0  # texts
+    with open_output(output) as file:
+        file.write(texts[0] if streamed else "")
         for row, text, last in chunks:
             texts[row] += text
             if streamed:
-                write(text)
+                file.write(text)
             if last:
                 complete.add(row)
-            while written in complete:
-                finish(written)
+            while written in complete:  # in order
+                file.write(entry(written)[len(texts[0]) if streamed else 0 :])
                 written += 1
-        return True
-    except KeyboardInterrupt:
-        for row in range(written, len(texts)):
-            if row in complete or len(texts) == 1:
-                finish(row)
-        return False
+            file.flush()
 
 
 def read_prompts(prompt: str, prompts: str) -> list[str]:
@@ -143,27 +112,20 @@ def read_prompts(prompt: str, prompts: str) -> list[str]:
 
 
 @contextmanager
-def destination(output: str) -> Iterator[Write]:
-    """A function that writes UTF-8 to standard output, or to a file that is replaced at the end."""
-    path = Path(output).expanduser()
-    target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
+def open_output(output: str) -> Iterator[TextIO]:
+    """Open a file, or standard output, for UTF-8."""
     try:
-        if not output:
+        if output:
+            path = Path(output).expanduser()
+            with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
+                yield file
+        else:
             if hasattr(sys.stdout, "reconfigure"):  # tests and notebooks may have replaced it
                 sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-            yield lambda text: print(text, end="", flush=True)
-        elif path.exists() and not path.is_file():  # a device or a pipe
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
-                yield file.write
-        elif not target.parent.is_dir() or target.is_symlink():
-            reason = "a loop of symbolic links" if target.is_symlink() else "no such folder"
-            raise UserError(f"cannot write {output}: {reason}")
-        else:
-            with atomic_write(target) as binary:
-                yield codecs.getwriter("utf-8")(binary, "replace").write
+            yield sys.stdout
     except OSError as error:
         if not output:  # the interpreter flushes once more at exit, and must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # as in `| head`, where it ends quietly
             name = output or "to standard output"
-            raise UserError(f"cannot write {name}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {name}: {error.strerror}") from error

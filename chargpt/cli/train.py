@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from chargpt.checkpoints import (
-    NETWORK_SETTINGS,
+    WEIGHT_SETTINGS,
     build_network,
+    find_checkpoints,
     new_run,
     read_checkpoint,
     resolve_checkpoint,
@@ -32,14 +32,13 @@ from chargpt.cli.parsing import find_configs, parse_or_exit, shipped_configs
 from chargpt.data import CharDataModule
 from chargpt.data.module import TrainedText
 from chargpt.data.texts import NAMED_TEXTS
-from chargpt.model import UserError
+from chargpt.model import GPT, UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
 from chargpt.training.checkpointing import SIGNALS, RunCheckpoint, check_resumable
 from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
+from chargpt.vocabulary import Vocabulary
 
 SEED = 1337
-FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")  # write to save_dir/name/version
-HERE = "."
 
 LINKS = {  # given once, for all that need it
     "model.block_size": "data.block_size",
@@ -118,6 +117,7 @@ class TrainingCLI(LightningCLI):
         self.command = command
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
+        self.initial: tuple[GPT, Vocabulary] | None = None  # what a new run starts with
         self.args: list[str] = []
         self.run_checkpoint: RunCheckpoint | None = None
         super().__init__(
@@ -147,8 +147,15 @@ class TrainingCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             help="A checkpoint: a path, or best or last of the newest run. fit resumes from it; "
-            "validate and test use the best by default.",
+            "auto is last, or a new run if there is none. validate and test use best by default.",
         )
+        if self.command == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                help="A checkpoint (a path, best or last) whose network and weights a new run "
+                "starts with, to fine-tune it on a different text.",
+            )
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -161,13 +168,16 @@ class TrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.args = args = with_save_dir(find_configs(args))
+        self.args = args = find_configs(args)
         self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
-        if self.command != "fit" or self.config.ckpt_path is not None:
-            restored = self.restore()
+        self.checkpoint_path = self.find_checkpoint()
+        if self.checkpoint_path:
+            restored = self.restore(self.checkpoint_path)
             self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
             self.config.ckpt_path = str(self.checkpoint_path)
             self.check_changes(restored)
+        elif self.command == "fit" and self.config.init_from:
+            self.initialize_from(resolve_checkpoint(self.config.init_from, self.root))
         for target, source in LINKS.items():
             if self.is_given(target):
                 fail(f"{target} cannot be set\nset {source}, which it follows", status=2)
@@ -180,22 +190,60 @@ class TrainingCLI(LightningCLI):
             if self.config.trainer[limit] == 0:
                 raise UserError(f"trainer.{limit} is 0: nothing would be scored; increase it")
 
-    # ---- the checkpoint that is resumed or evaluated ----
+    # ---- the checkpoint that is resumed or evaluated, or that a new run starts from ----
 
-    def restore(self) -> dict[str, Any]:
-        """Make the settings of the checkpoint the defaults of the parser; returns them by flag."""
-        root = self.config.trainer.default_root_dir or "."
-        path = self.checkpoint_path = resolve_checkpoint(self.config.ckpt_path, root)
+    @property
+    def root(self) -> str | Path:
+        return self.config.trainer.default_root_dir or "."
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume or evaluate; None for a new run."""
+        name = self.config.ckpt_path
+        if self.command != "fit" or name not in (None, "auto"):
+            return resolve_checkpoint(name, self.root)
+        if name is None or not find_checkpoints(self.root):
+            return None
+        path, start = resolve_checkpoint("last", self.root), self.config.init_from
+        if start in ("best", "last"):
+            raise UserError(
+                f"--init_from {start} follows the newest run, which --ckpt_path auto would resume\n"
+                "give --init_from the path of a checkpoint"
+            )
+        # None: the newest run is still the one to start from.
+        return None if start and run_of(path) == run_of(resolve_checkpoint(start)) else path
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Make the settings of a checkpoint the defaults of the parser; returns them by flag."""
         self.checkpoint = read_checkpoint(path)
         build_network(self.checkpoint, path)  # says what is wrong with it, if anything
         restored = restored_settings(self.checkpoint, path, with_trainer=self.command == "fit")
         self.parser.set_defaults(restored)
         return restored
 
+    def initialize_from(self, path: Path) -> None:
+        """Take network and weights from a checkpoint, and everything else from the command."""
+        self.initial = build_network(read_checkpoint(path), path)
+        self.config.init_from, changes = str(path.absolute()), []
+        network = self.initial[0].config
+        for name in WEIGHT_SETTINGS:
+            flag = "data.block_size" if name == "block_size" else f"model.{name}"
+            now, value = self.config[flag], getattr(network, name)
+            if name == "block_size" and network.position == "rotary" and self.is_given(flag):
+                continue  # no weight depends on the length
+            if now != value and self.is_flag(flag):
+                raise UserError(
+                    f"{name} is {value} in {path} and cannot be changed to {now}: its weights "
+                    f"would not fit\nomit --{flag}"
+                )
+            if now != value and self.is_given(flag):
+                changes.append(f"{flag} {now} -> {value}")
+            self.config[flag] = self.config[f"model.{name}"] = value
+        rank_zero_print(f"weights  {path}")
+        print_changes(changes)
+
     def check_changes(self, restored: dict[str, Any]) -> None:
         """Refuse settings of a different network, and print all others that differ."""
-        fixed = {*NETWORK_SETTINGS, "optimizer"}
-        fixed -= {"dropout", "attention_dropout", "ngram_dropout"}
+        fixed = {*WEIGHT_SETTINGS, "optimizer"}
         if self.config.model.position == "rotary":  # no weight depends on the length
             fixed -= {"block_size"}
         if self.command == "fit":  # scores would not be comparable
@@ -211,16 +259,16 @@ class TrainingCLI(LightningCLI):
                 )
             if now != before and flag != "data.corpus":  # its path may differ, the text may not
                 changes.append(f"{flag} {before} -> {now}")
-        if changes and self.command == "fit":
-            rank_zero_print(f"changed  {', '.join(changes)}")
+        if self.command == "fit":
+            print_changes(changes)
 
     def check_sequences(self) -> None:
         """Refuse to resume with a different number of sequences per step unless asked for."""
         before = self.checkpoint["chargpt"].get("sequences_per_step")
         per_device = self.config.data.batch_size * self.config.trainer.accumulate_grad_batches
         now = per_device * self.trainer.world_size
-        flags = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
-        if before != now and not any(map(self.is_given, (*flags, "data.batch_size"))):
+        flags = ("trainer.devices", "trainer.num_nodes", "data.batch_size")
+        if before != now and not any(map(self.is_given, flags)):
             raise UserError(
                 f"the run used {before} sequences per step, but this command would use {now}\n"
                 f"add --trainer.devices {before // per_device}, or change --data.batch_size"
@@ -230,8 +278,10 @@ class TrainingCLI(LightningCLI):
         """Whether a setting is in the flags or configuration files of the command."""
         group, _, name = flag.partition(".")
         files = [yaml.safe_load(path.read_text()) for path in self.config.config or []]
-        in_flags = any(arg.partition("=")[0] == f"--{flag}" for arg in self.args)
-        return in_flags or any(name in (file.get(group) or {}) for file in files)
+        return self.is_flag(flag) or any(name in (file.get(group) or {}) for file in files)
+
+    def is_flag(self, flag: str) -> bool:
+        return any(arg.partition("=")[0] == f"--{flag}" for arg in self.args)
 
     # ---- objects ----
 
@@ -247,12 +297,12 @@ class TrainingCLI(LightningCLI):
             self.run_checkpoint = RunCheckpoint(None)  # other ranks ask rank 0 for the folder
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 folder = self.checkpoint_path and run_of(self.checkpoint_path)
-                folder = folder or new_run(trainer.default_root_dir or ".")
+                folder = folder or new_run(self.root)
                 self.run_checkpoint = RunCheckpoint(folder)
                 self.run_checkpoint.acquire_lock()  # before loggers write to the folder
-                set_log_dirs(trainer, folder)
         try:
             super().instantiate_classes()
+            self.model.initial = self.initial
             if self.checkpoint:
                 self.set_trained_text()
         except BaseException:
@@ -280,9 +330,8 @@ class TrainingCLI(LightningCLI):
         saved = self.checkpoint["datamodule_hyper_parameters"]
         if saved.keys() >= TEXT_RECORD:
             size, digest, train_characters = (saved[name] for name in sorted(TEXT_RECORD))
-            named = self.is_given("data.corpus")
-            self.datamodule.trained_text = TrainedText(size, digest, train_characters, named)
-            self.datamodule.allow_other_text = self.command != "fit"
+            required = self.command == "fit" or not self.is_given("data.corpus")
+            self.datamodule.trained_text = TrainedText(size, digest, train_characters, required)
         elif saved.get("corpus") not in NAMED_TEXTS and not self.is_given("data.corpus"):
             raise UserError(
                 "the checkpoint does not record the text that it was trained on\n"
@@ -386,30 +435,6 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
     return settings
 
 
-def set_log_dirs(config: Any, folder: Path) -> None:
-    """Point file loggers that name no folder to the run folder."""
-    for logger in as_list(config.logger):
-        if not isinstance(logger, Namespace) or not logger.class_path.endswith(FILE_LOGGERS):
-            continue
-        if (logger.init_args.save_dir, logger.init_args.version) == (HERE, None):
-            logger.init_args.save_dir = str(folder.parent)
-            logger.init_args.name, logger.init_args.version = "", folder.name
-            metrics = folder / "metrics.csv"
-            if metrics.exists():  # CSVLogger would delete it
-                metrics.replace(metrics.with_stem(f"metrics-until-{metrics.stat().st_mtime_ns}"))
-
-
-def with_save_dir(args: list[str]) -> list[str]:
-    """Add the argument save_dir, which file loggers need, to one that is given by name only."""
-    result = []
-    for before, arg in zip(["", *args], args):
-        flag, _, name = arg.partition("=") if "=" in arg else (before, "", arg)
-        result.append(arg)
-        if flag.rstrip("+") == "--trainer.logger" and name.rpartition(".")[2] in FILE_LOGGERS:
-            result.append(f"--trainer.logger.save_dir={HERE}")
-    return result
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a step frees for the next step.
 
@@ -423,6 +448,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     except (OSError, AttributeError):
         pass  # a different system or C library
+
+
+def print_changes(changes: list[str]) -> None:
+    if changes:
+        rank_zero_print(f"changed  {', '.join(changes)}")
 
 
 @rank_zero_only

@@ -30,6 +30,9 @@ class RandomSequences(IterableDataset[Tensor]):
     rank: int = 0
     world_size: int = 1
     start_batch: int = 0  # k of the first batch
+    ids: np.ndarray | None = (
+        None  # of the characters in another vocabulary, by their id in `tokens`
+    )
 
     def starts(self, k: int) -> np.ndarray:
         """First positions of the sequences in the global batch k, (world_size * B,)."""
@@ -40,7 +43,7 @@ class RandomSequences(IterableDataset[Tensor]):
 
     def __getitem__(self, k: int) -> Tensor:
         local = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        return read_sequences(self.tokens, self.starts(k)[local], self.block_size + 1)
+        return read_sequences(self.tokens, self.starts(k)[local], self.block_size + 1, self.ids)
 
     def __iter__(self) -> Iterator[Tensor]:
         offset, stride = worker_share()
@@ -87,6 +90,7 @@ class EvaluationSequences(IterableDataset[Tensor]):
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    ids: np.ndarray | None = None
 
     def starts(self) -> list[np.ndarray]:
         """First positions of the sequences, for each batch of this rank."""
@@ -104,12 +108,15 @@ class EvaluationSequences(IterableDataset[Tensor]):
         offset, stride = worker_share()
         for starts in self.starts()[offset::stride]:
             length = min(self.block_size + 1, len(self.tokens) - starts.max(initial=0))
-            yield read_sequences(self.tokens, starts, length)
+            yield read_sequences(self.tokens, starts, length, self.ids)
 
 
-def read_sequences(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+def read_sequences(
+    tokens: np.ndarray, starts: np.ndarray, length: int, ids: np.ndarray | None = None
+) -> Tensor:
     """Copy the sequences of `length` ids that begin at `starts`, (B, length)."""
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)])
+    sequences = tokens[starts[:, None] + np.arange(length)]
+    return torch.from_numpy(sequences if ids is None else ids[sequences])
 
 
 def worker_share() -> tuple[int, int]:

@@ -23,7 +23,7 @@ class TrainedText(NamedTuple):
     size: int  # bytes of all its files
     digest: str
     train_characters: int  # length of its training split
-    named: bool  # whether the user gave --data.corpus
+    required: bool  # whether no other text may be used instead
 
 
 class CharDataModule(LightningDataModule):
@@ -39,11 +39,13 @@ class CharDataModule(LightningDataModule):
         test_fraction: fraction of the text for testing, at its end.
         order: random positions, or epochs: each character once before any is read again, which is
             better for a text that is read several times.
-        num_workers: processes that load batches; loading is so cheap that 0 is usually fastest.
+        num_workers: processes that load batches; loading is so cheap that 0 is usually fastest,
+            and where processes are spawned each has a copy of the text in memory.
         seed: chooses the sequences; the command line fills in seed_everything.
     """
 
     corpus: Corpus  # set by `prepare_data` or `setup`
+    vocabulary: Vocabulary  # of the text, or of the network (`use_vocabulary`)
 
     def __init__(
         self,
@@ -66,66 +68,53 @@ class CharDataModule(LightningDataModule):
         check(h, "val_fraction test_fraction", *FRACTION)
         check(h, "test_fraction", "less than 1 - val_fraction", lambda x: x + val_fraction < 1)
         check(h, "order", " or ".join(ORDERS), lambda order: order in ORDERS)
-        # Set by the command line from a checkpoint before `setup`, which then rejects a changed
-        # text and any split that would evaluate on training data.
+        # Set by the command line from a checkpoint before the text is opened, which then rejects
+        # a changed text and any split that would evaluate on training data.
         self.trained_text: TrainedText | None = None
-        self.allow_other_text = True  # False when resuming
+        self.ids: np.ndarray | None = None  # of the text in the vocabulary of a network
 
     def prepare_data(self) -> None:
-        """Download and encode the text. Lightning calls this in one process per machine."""
-        if not hasattr(self, "corpus"):
-            self.open_text(self.hparams["corpus"], self.hparams["fallback_corpus"])
+        """Open and split the text, which is downloaded and encoded if that was not done before.
 
-    def open_text(self, corpus: str, fallback: str | None = None) -> None:
-        """Open and split a text, and check it before Lightning lets a logger write to disk."""
+        Lightning calls this in one process per machine, before a logger writes to disk.
+        """
+        if hasattr(self, "corpus"):
+            return
         h, trained = self.hparams, self.trained_text
         try:
-            source = resolve_corpus(corpus, h["data_dir"], fallback)
-            if trained and not trained.named and source.size != trained.size:
-                raise self.other_text(source)  # before anything of it is read
+            source = resolve_corpus(h["corpus"], h["data_dir"], h["fallback_corpus"])
+            if trained and trained.required and source.size != trained.size:
+                raise other_text(source)  # before anything of it is read
             self.corpus = open_corpus(source)
+            self.vocabulary = self.corpus.vocabulary
         except OSError as error:
             raise UserError(
                 f"cannot access {error.filename}: {error.strerror}\n"
                 "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
             ) from error
-        tokens = self.corpus.tokens
-        val_start = int(len(tokens) * (1 - h["val_fraction"] - h["test_fraction"]))
-        parts = np.split(tokens, [val_start, int(len(tokens) * (1 - h["test_fraction"]))])
+        if trained and trained.required and self.corpus.digest != trained.digest:
+            raise other_text(source)
+        N = len(self.corpus.tokens)
+        test_start = int(N * (1 - h["test_fraction"]))
+        val_start = int(N * (1 - h["val_fraction"] - h["test_fraction"]))
+        parts = np.split(self.corpus.tokens, [val_start, test_start])
         self.train_tokens, self.val_tokens, self.test_tokens = parts
         self.check_lengths()
         if trained and self.corpus.digest == trained.digest:
-            n_trained, n_train = trained.train_characters, len(self.train_tokens)
-            if n_train < n_trained - 1:  # a sum of fractions may round differently
+            n_trained = trained.train_characters
+            if val_start < n_trained - 1:  # a sum of fractions may round differently
                 raise UserError(
                     f"the first {n_trained:,} characters of {source.path} were trained on, but "
-                    f"this split trains on {n_train:,} and scores the rest\n"
+                    f"this split trains on {val_start:,} and scores the rest\n"
                     "use a smaller --data.val_fraction or --data.test_fraction"
                 )
-        elif trained and not (trained.named and self.allow_other_text):
-            raise self.other_text(source)
-
-    def other_text(self, source: TextSource) -> UserError:
-        advice = "name a text with --data.corpus" if self.allow_other_text else "omit --ckpt_path"
-        return UserError(
-            f"{source.path} is not the text this checkpoint was trained on, or it has changed "
-            f"since\nrestore the original, or {advice} to use it as it is"
-        )
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the text that rank 0 uses, which may be the fallback, on every rank."""
-        if self.trainer is None:
-            self.prepare_data()
-        else:
-            corpus: Corpus | None = getattr(self, "corpus", None)  # set where prepare_data ran
-            local: Any = corpus and (corpus.source.name, corpus.digest)
-            name, digest = self.trainer.strategy.broadcast(local)
-            if local != (name, digest):
-                self.open_text(name)
-            if self.corpus.digest != digest:
-                path = self.corpus.source.path
-                raise UserError(f"{path} differs between machines\ncopy it to all of them again")
+        """Open the text in all processes, and record it in the hyperparameters."""
+        self.prepare_data()
         source, _, _, digest = self.corpus
+        if self.trainer and self.trainer.strategy.broadcast(digest) != digest:
+            raise UserError(f"{source.path} differs between machines\ncopy it to all of them again")
         texts = dict(corpus=str(source.path), corpus_name=source.name, corpus_digest=digest)
         sizes = dict(corpus_bytes=source.size, train_characters=len(self.train_tokens))
         self.save_hyperparameters(texts | sizes)
@@ -144,9 +133,16 @@ class CharDataModule(LightningDataModule):
                     "--data.batch_size, or other fractions"
                 )
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.corpus.vocabulary
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Serve ids of a network's vocabulary, which must contain all characters of the text."""
+        characters = self.corpus.vocabulary.characters
+        if unknown := sorted(set(characters) - set(vocabulary.characters)):
+            raise UserError(
+                f"{self.corpus.source.path} has characters that the network does not know: "
+                f"{unknown[:5]}\nuse a different text, or start a new run with fit --init_from"
+            )
+        self.vocabulary = vocabulary
+        self.ids = None if characters == vocabulary.characters else vocabulary.encode(characters)
 
     def train_dataloader(self) -> DataLoader:
         # Lightning has restored global_step: resume with the micro-batch that comes next.
@@ -170,8 +166,15 @@ class CharDataModule(LightningDataModule):
         if trainer:
             settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(
-            dataset(tokens, h["block_size"], h["batch_size"], **settings),
+            dataset(tokens, h["block_size"], h["batch_size"], ids=self.ids, **settings),
             batch_size=None,  # the dataset yields whole batches
             num_workers=h["num_workers"],
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def other_text(source: TextSource) -> UserError:
+    return UserError(
+        f"{source.path} is not the text this checkpoint was trained on, or it has changed since\n"
+        "restore it; or name a text with --data.corpus to score it, or omit --ckpt_path to train"
+    )

@@ -1,42 +1,40 @@
-"""Export to a folder that Hugging Face transformers load without additional code.
+"""Export to a folder that Hugging Face transformers load.
 
     AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-Two transformers architectures compute the same function once weights are renamed and reordered:
-GPT-2 (Radford et al. 2019) for learned positions and GPT-NeoX (Black et al. 2022, arXiv:2204.06745)
-for rotary positions. Networks that neither can represent are refused.
+Where GPT-2 or GPT-NeoX compute the same logits, the folder is such a model (`gpt2_neox.py`).
+Otherwise it contains code of its own, loaded with `trust_remote_code=True`: the files of
+chargpt/model/ as they are, and those of remote_code/, which make them a transformers model.
 """
 
 import json
-import math
 import shutil
 import struct
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
+from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-import chargpt
-from chargpt.checkpoints import validation_loss
+from chargpt.export import gpt2_neox
+from chargpt.export.comparison import same_logits
+from chargpt.export.model_card import model_card
 from chargpt.generation import GenerationConfig
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import Vocabulary
 
-# The settings that both architectures represent, in their configuration or their weights.
-REPRESENTABLE = {"block_size", "n_embd", "n_head", "n_layer", "dropout", "attention_dropout"}
-REPRESENTABLE |= {"position", "norm", "bias", "qkv_bias", "activation", "ngram_dropout"}
 
-
-def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, dtype: str) -> None:
-    """Write the network, its vocabulary and a model card to a folder.
+def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, dtype: str) -> str:
+    """Write the network, its vocabulary and a model card to a folder; returns what it is.
 
     Args:
         generator: the network and its vocabulary.
@@ -46,11 +44,12 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
             use `from_pretrained(folder, dtype="float16")` to load smaller ones.
 
     Raises:
-        UserError: no architecture can represent the network, or the folder is not empty.
+        UserError: the folder computes different logits, or `output` is not empty.
         OSError: the folder cannot be written.
     """
     gpt, vocabulary = generator.gpt, generator.vocabulary
-    config, weights = architecture(gpt)
+    standard = gpt2_neox.convert(gpt)
+    config, weights = standard or with_own_code(gpt)
     documents = {
         "config.json": config,
         "generation_config.json": generation_config(gpt.config),
@@ -62,13 +61,21 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
             "clean_up_tokenization_spaces": False,
         },
     }
+    texts = {
+        name: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        for name, document in documents.items()
+    }
+    texts["README.md"] = model_card(generator, checkpoint, own_code=not standard)
     with atomic_folder(output) as folder:
-        for name, document in documents.items():
-            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        card = model_card(generator, checkpoint)
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
         write_safetensors(folder / "model.safetensors", weights)
+        if not standard:
+            copy_code(folder)
+        check(folder, gpt, own_code=not standard)
+    if standard:
+        return f"{config['architectures'][0]}, which transformers load without additional code"
+    return "a model with its own code, which transformers load with trust_remote_code=True"
 
 
 @contextmanager
@@ -95,177 +102,110 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---- the network ----
+# ---- code of its own ----
 
 
-def architecture(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and weights of the transformers architecture equivalent to `gpt`."""
-    config, V = gpt.config, gpt.token_embedding.num_embeddings
-    if config.ngrams:
-        raise UserError(
-            "no transformers architecture has n-gram tables (ngrams)\n"
-            "train with --model.ngrams null, or export --to page"
-        )
-    if config.position == "learned" and config.norm == "plain":
-        raise UserError(
-            "no transformers architecture has both learned positions and a norm on the embeddings\n"
-            "train with --model.position rotary or --model.norm layer, or export --to page"
-        )
-    for field in fields(GPTConfig):  # settings added later must not be lost silently
-        if field.name not in REPRESENTABLE and getattr(config, field.name) != field.default:
-            raise UserError(
-                f"cannot export {field.name} {getattr(config, field.name)} to transformers\n"
-                f"train with {field.name} {field.default}, or export --to page"
-            )
-    if config.attention_dropout is None:
-        attention_dropout = config.dropout
-    else:
-        attention_dropout = config.attention_dropout
-    shared = {
-        "vocab_size": V,
-        "layer_norm_epsilon": gpt.norm.eps,
-        "layer_norm_eps": gpt.norm.eps,
+def with_own_code(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and weights for the classes in remote_code/."""
+    config = {
+        "architectures": ["ChargptForCausalLM"],
+        "model_type": "chargpt",
+        "auto_map": {
+            "AutoConfig": "configuration_chargpt.ChargptConfig",
+            "AutoModelForCausalLM": "modeling_chargpt.ChargptForCausalLM",
+        },
+        "network": asdict(gpt.config),
+        "vocab_size": gpt.token_embedding.num_embeddings,
         "tie_word_embeddings": False,
         "bos_token_id": None,  # tokens are characters; there are no special tokens
         "eos_token_id": None,
         "dtype": "float32",
-        "torch_dtype": "float32",  # its name before transformers 4.56
     }
-    weights = {name: weight.detach().float() for name, weight in gpt.state_dict().items()}
-    convert = gpt2 if config.position == "learned" else gpt_neox
-    return convert(config, weights, shared, attention_dropout)
+    return config, {f"gpt.{name}": weight.float() for name, weight in gpt.state_dict().items()}
 
 
-def gpt2(
-    config: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """GPT2LMHeadModel, whose linear layers store transposed weights ("Conv1D")."""
-    document = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "activation_function": config.activation,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": attention_dropout,
-        **shared,
-    }
-    names = {
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.projection": "attn.c_proj",
-        "feed_forward_norm": "ln_2",
-        "feed_forward.expansion": "mlp.c_fc",
-        "feed_forward.projection": "mlp.c_proj",
-    }
-    converted = {
-        "transformer.wte.weight": weights["token_embedding.weight"],
-        "transformer.wpe.weight": weights["position_embedding.weight"],
-    }
-    for i in range(config.n_layer):
-        for name, hf_name in names.items():
-            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", config)
-            converted[f"transformer.h.{i}.{hf_name}.weight"] = (
-                weight.T if weight.dim() > 1 else weight
-            )
-            converted[f"transformer.h.{i}.{hf_name}.bias"] = bias
-    return document, converted | head(weights, config, "transformer.ln_f", "lm_head")
+def copy_code(folder: Path) -> None:
+    """Copy the model's files, flat: transformers load no packages."""
+    for source in (files("chargpt.model"), files("chargpt.export") / "remote_code"):
+        for file in source.iterdir():
+            if file.name.endswith(".py") and file.name != "__init__.py":
+                (folder / file.name).write_bytes(file.read_bytes())
 
 
-def gpt_neox(
-    config: GPTConfig, weights: dict[str, Tensor], shared: dict[str, Any], attention_dropout: float
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """GPTNeoXForCausalLM with `rotary_pct` 1 and sequential attention and feed-forward layers."""
-    with_bias = config.bias or config.qkv_bias
-    rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
-    document = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "max_position_embeddings": config.block_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "hidden_act": config.activation,
-        "hidden_dropout": config.dropout,
-        "attention_dropout": attention_dropout,
-        "attention_bias": with_bias,
-        "use_parallel_residual": False,
-        "rope_parameters": rotary,
-        "rotary_pct": 1.0,  # this and the next are the names before transformers 5
-        "rotary_emb_base": 10_000.0,
-        **shared,
-    }
-    embedding = weights["token_embedding.weight"]
-    if config.norm == "plain":  # fold the norm on the embeddings into the table
-        embedding = F.layer_norm(embedding, (config.n_embd,), eps=shared["layer_norm_eps"])
-    names = {
-        "attention_norm": "input_layernorm",
-        "attention.projection": "attention.dense",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.expansion": "mlp.dense_h_to_4h",
-        "feed_forward.projection": "mlp.dense_4h_to_h",
-        "attention.qkv": "attention.query_key_value",
-    }
-    converted = {"gpt_neox.embed_in.weight": embedding}
-    for i in range(config.n_layer):
-        for name, hf_name in names.items():
-            weight, bias = weight_and_bias(weights, f"blocks.{i}.{name}", config)
-            if name == "attention.qkv":
-                weight, bias = group_by_head(weight, config), group_by_head(bias, config)
-            converted[f"gpt_neox.layers.{i}.{hf_name}.weight"] = weight
-            if with_bias or not name.startswith("attention."):
-                converted[f"gpt_neox.layers.{i}.{hf_name}.bias"] = bias
-    return document, converted | head(weights, config, "gpt_neox.final_layer_norm", "embed_out")
+# ---- the comparison at the end ----
 
 
-def group_by_head(rows: Tensor, config: GPTConfig) -> Tensor:
-    """Reorder the rows of the qkv matrix, (3C, ...), to GPT-NeoX's order: grouped by head.
+def check(folder: Path, gpt: GPT, own_code: bool) -> None:
+    """Load the folder with transformers, if they are installed, and compare its logits.
 
-    GPT-NeoX rotates channel i with channel i + D / 2, while we rotate adjacent channels. So the
-    rows of queries and keys become 0, 2, 4, ..., 1, 3, 5, ..., which no dot product depends on.
+    Without them, code of its own is compared without the transformers classes. A GPT-2 or GPT-NeoX
+    is then not loaded: its weights were compared before they were renamed.
+
+    Raises:
+        UserError: the folder cannot be loaded, or its logits are different.
     """
-    q, k, v = rows.unflatten(0, (3, config.n_head, config.head_size)).unbind()  # (H, D, ...) each
-    q, k = (torch.cat((x[:, 0::2], x[:, 1::2]), dim=1) for x in (q, k))
-    return torch.stack((q, k, v), dim=1).flatten(0, 2)
+    try:
+        with imported(folder) as load_module:
+            model = load_with_transformers(folder, load_module if own_code else None)
+            if model is None and own_code:
+                config = load_module("config").GPTConfig(**asdict(gpt.config))
+                model = load_module("gpt").GPT(config, len(gpt.head.weight)).eval()
+                model.load_state_dict(gpt.state_dict())
+            same = model is None or same_logits(model, gpt)
+    except Exception as error:  # whatever the code of another library raises
+        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        raise UserError(f"the exported folder cannot be loaded: {reason}\n{ADVICE}") from error
+    if not same:
+        raise UserError(f"the exported folder would compute different logits\n{ADVICE}")
 
 
-def weight_and_bias(
-    weights: dict[str, Tensor], name: str, config: GPTConfig
-) -> tuple[Tensor, Tensor]:
-    """Copies of a layer's weight and bias; a missing norm gain is ones, a missing bias zeros."""
-    weight = weights.get(f"{name}.weight", torch.ones(config.n_embd)).clone()
-    bias = weights.get(f"{name}.bias", torch.zeros(len(weight))).clone()
-    return weight, bias
+ADVICE = (
+    "an export contains the code of chargpt/model/ only: norms, activations and layers that are "
+    "defined elsewhere have to be moved there. If there are none, update transformers"
+)
 
 
-def head(
-    weights: dict[str, Tensor], config: GPTConfig, norm_name: str, head_name: str
-) -> dict[str, Tensor]:
-    """The final norm and the head, which has no bias in transformers.
+@contextmanager
+def imported(folder: Path) -> Iterator[Callable[[str], Any]]:
+    """Yield a function that imports a module of this folder, inside the `with` statement.
 
-    The head's bias b is moved to the norm's bias as d with W d = b, so W (x + d) = W x + b. Such
-    a d exists if the V rows of W, with C channels each, are linearly independent.
+    `AutoModelForCausalLM` would leave a copy of the code in the user's cache.
     """
-    gain, norm_bias = weight_and_bias(weights, "norm", config)
-    weight, bias = weight_and_bias(weights, "head", config)
-    if bias.any():
-        shift = torch.linalg.lstsq(weight.double(), bias.double()[:, None], driver="gelsd").solution
-        norm_bias += shift[:, 0]
-        if (weight @ shift[:, 0].float() - bias).abs().max() > 1e-5:
-            raise UserError(
-                f"the head's bias cannot be exported: n_embd is {config.n_embd}, fewer than the "
-                f"{len(bias)} characters\n"
-                f"train with --model.bias false, or --model.n_embd of {len(bias)} or more"
-            )
-    return {
-        f"{norm_name}.weight": gain,
-        f"{norm_name}.bias": norm_bias,
-        f"{head_name}.weight": weight,
-    }
+    package = ModuleType(f"chargpt_export_{uuid.uuid4().hex}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield lambda name: import_module(f"{package.__name__}.{name}")
+    finally:
+        sys.dont_write_bytecode = before
+        for name in [name for name in sys.modules if name.startswith(package.__name__)]:
+            del sys.modules[name]
+
+
+def load_with_transformers(
+    folder: Path, load_module: Callable[[str], Any] | None
+) -> Callable[[Tensor], Tensor] | None:
+    """The folder's model as a function of ids, or None if transformers are not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        return None
+    model_class: Any = AutoModelForCausalLM
+    if load_module is not None:
+        model_class = load_module("modeling_chargpt").ChargptForCausalLM
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = model_class.from_pretrained(folder, local_files_only=True).eval()
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    # With an attention mask, which code of its own handles like a cache.
+    return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).logits
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -287,7 +227,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
 
 
-# ---- tokenizer, generation settings, model card ----
+# ---- tokenizer and generation settings ----
 
 
 def tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -327,89 +267,3 @@ def generation_config(config: GPTConfig) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-
-
-def model_card(generator: TextGenerator, checkpoint: dict[str, Any]) -> str:
-    """README.md of the folder: the model, its training and its loss."""
-    gpt = generator.gpt
-    T, V = gpt.config.block_size, len(generator.vocabulary)
-    corpus, training = describe_training(checkpoint)
-    parameters = sum(parameter.numel() for parameter in gpt.parameters())
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [character-level, chargpt]
----
-
-# A character-level GPT trained on {corpus}
-
-A decoder-only transformer that predicts the next character: {parameters:,} parameters, a vocabulary
-of {V} characters and a context of {T}. Exported by chargpt {chargpt.__version__}; transformers load
-it without additional code.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-prompt = tokenizer({json.dumps(generator.opening)}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt)[0]))
-```
-
-Each token is one character, and there are no special tokens. A prompt needs at least one character,
-and a character that is not in the vocabulary is an error. Prompt and generated text together can
-have at most {T} characters.
-
-{training}"""
-
-
-def describe_training(checkpoint: dict[str, Any]) -> tuple[str, str]:
-    """The name of the corpus, and the sections of the model card on training and loss."""
-    model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
-    name = str(data.get("corpus_name") or data.get("corpus") or "an unknown text")
-    path, step = Path(name.replace("\\", "/").removesuffix("/input.txt")), checkpoint["global_step"]
-    corpus = path.name  # without its folder, which is private
-    if origin := checkpoint.get("origin"):
-        return corpus, f"## Training\n\n{origin}\n"
-    linked = {"block_size", "seed", "_instantiator"}
-    local = {"data_dir", "fallback_corpus", "corpus_name"}  # specific to the training machine
-    local |= {"corpus_digest", "corpus_bytes", "train_characters"}  # found out by `fit`
-    settings = {
-        "seed_everything": model.get("seed"),
-        "model": {name: value for name, value in model.items() if name not in linked},
-        "data": {k: v for k, v in data.items() if k not in (linked - {"block_size"}) | local},
-    }
-    settings["data"]["corpus"] = corpus
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    return (
-        corpus,
-        f"""\
-## Training
-
-{step:,} steps on {corpus}, with these settings in `settings.yaml`:
-
-    chargpt fit --config settings.yaml --trainer.max_steps {step}
-
-```yaml
-{text}```
-
-Trainer settings (precision, devices, time limits) are not included.
-
-## Loss
-
-{describe_loss(checkpoint)}
-""",
-    )
-
-
-def describe_loss(checkpoint: dict[str, Any]) -> str:
-    """The validation loss of these exact weights, if they have been validated."""
-    loss = validation_loss(checkpoint)
-    if loss is None:
-        return "These weights were not validated before they were saved."
-    return f"""\
-Validation loss: **{loss:.4f}** nats per character ({loss / math.log(2):.4f} bits), the mean over
-the whole validation split: every character but the first is predicted exactly once, in consecutive
-sequences of block_size characters, without dropout. The split is the fraction `val_fraction` of the
-text that follows the training split."""

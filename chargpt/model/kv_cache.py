@@ -20,12 +20,16 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, H, S, D)
     values: Tensor
-    new: tuple[Any, ...]  # index of the T new slots
+    new: tuple[Tensor, ...] | None  # index of the T new slots; None if they are the last
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, (B, H, T, D) each; returns all, (B, H, S, D) each."""
-        self.keys[self.new] = k.type_as(self.keys)  # autocast may compute in half precision
-        self.values[self.new] = v.type_as(self.values)
+        T = k.size(2)
+        for stored, new in ((self.keys, k), (self.values, v)):
+            if self.new is None:
+                stored.narrow(2, -T, T).copy_(new)  # faster than an indexed assignment
+            else:
+                stored[self.new] = new.type_as(stored)  # autocast may compute in half precision
         return self.keys, self.values
 
 
@@ -71,7 +75,7 @@ class KVCache:
         rows: Any = slice(None)
         starts: Any = start
         slots: Any = slice(start, S)
-        new: tuple[Any, ...] = (rows, rows, slots)
+        new = None
         if ragged := start + T < S:  # otherwise slices are enough, and faster
             rows = torch.arange(B, device=device)[:, None]  # (B, 1)
             heads = torch.arange(self.memory.size(3), device=device)[:, None]  # (H, 1)
@@ -79,8 +83,9 @@ class KVCache:
             slots = starts + self.slots[:T]  # (B, T)
             new = (rows[:, None], heads, slots[:, None])  # broadcast to (B, H, T)
         positions, angles, mask = self.slots[slots], None, None
-        self.ids[:, context:][rows, slots] = ids
-        ids = self.ids.unfold(1, context + T, 1)[rows, starts].flatten(1)
+        if context:  # the n-grams of the new ids begin with those before them
+            self.ids[:, context:][rows, slots] = ids
+            ids = self.ids.unfold(1, context + T, 1)[rows, starts].flatten(1)
         if self.angles is not None:
             angles = self.angles[slots].unsqueeze(-3)  # the same for all heads
         if ragged or (T > 1 and start > 0):

@@ -26,10 +26,10 @@ class NgramEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, N - 1 + T) to vectors (B, T, C): T new ids after N - 1 or 0s, N the largest n."""
         N = self.orders[-1]
-        windows = ids.unfold(1, ids.size(1) - N + 1, 1).flip(1)  # (B, N, T): ids, those before, ...
+        windows = ids.unfold(1, N, 1).flip(-1)  # (B, T, N): the id of a position, those before it
         # An n-gram's hash extends that of the n-gram one id shorter.
-        hashes = (windows * ids.new_tensor(FACTORS[:N]).unsqueeze(-1)).cumsum(1)  # n = 1 to N
-        hashes = hashes.index_select(1, ids.new_tensor(self.orders) - 1).mT  # (B, T, tables)
+        hashes = (windows * ids.new_tensor(FACTORS[:N])).cumsum(-1)  # n = 1 to N
+        hashes = hashes.index_select(-1, ids.new_tensor(self.orders) - 1)  # (B, T, tables)
         rows = hashes % ids.new_tensor(self.rows) + ids.new_tensor(self.offsets)
         vectors = self.table(rows)  # (B, T, tables, C)
         if self.training and self.dropout:  # of whole vectors

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from chargpt.checkpoint_file import check_optimizer_state
-from chargpt.checkpoints import NETWORK_SETTINGS, describe
+from chargpt.checkpoints import (
+    NETWORK_SETTINGS,
+    WEIGHT_SETTINGS,
+    build_network,
+    describe,
+    read_checkpoint,
+    resolve_checkpoint,
+)
 from chargpt.data import CharDataModule
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import FRACTION, check
@@ -115,6 +123,23 @@ class GPTModule(LightningModule):
         # NaN counts: a loss that is not a number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 0.0  # fraction of the run that is over
+        self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
+
+    @classmethod
+    def init_from(cls, path: str | Path | None = None, **settings: Any) -> "GPTModule":
+        """A module that starts with the weights of a checkpoint, for a new run on any text.
+
+        Characters that only the new text has are appended to the vocabulary.
+
+        Args:
+            path: The checkpoint: its path, or "best" (the default) or "last" of the newest run.
+            settings: Those of training, and dropouts; all others are the checkpoint's.
+        """
+        path = resolve_checkpoint(path)
+        gpt, vocabulary = build_network(read_checkpoint(path), path)
+        module = cls(**settings, **{name: getattr(gpt.config, name) for name in WEIGHT_SETTINGS})
+        module.initial = gpt, vocabulary
+        return module
 
     def build(self, vocabulary: Vocabulary) -> None:
         """Create the network for a vocabulary; its initial weights depend on the seed only."""
@@ -122,6 +147,8 @@ class GPTModule(LightningModule):
             torch.manual_seed(self.config.seed)
             network = {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
             self.gpt = GPT(GPTConfig(**network), len(vocabulary))
+            if self.initial:
+                copy_weights(self.initial[0], self.gpt)
             self.second_head = None
             if self.config.second_target:  # used in training only, so it is not part of the GPT
                 self.second_head = nn.Linear(self.config.n_embd, len(vocabulary), bias=False)
@@ -135,24 +162,23 @@ class GPTModule(LightningModule):
         """Logits of the next character at every position, (B, T) -> (B, T, V)."""
         return self.gpt(ids)
 
-    def configure_model(self) -> None:
+    @property
+    def detached(self) -> bool:
+        """Whether there is no Trainer, as in `load_from_checkpoint`."""
         try:
-            trainer = self.trainer
-        except RuntimeError:  # load_from_checkpoint has none, and on_load_checkpoint builds
-            return
-        check_trainer(trainer, self.config)
-        self.build_once(datamodule_of(trainer).vocabulary)
+            return not self.trainer
+        except RuntimeError:
+            return True
 
-    def build_once(self, vocabulary: Vocabulary) -> None:
-        """Create the network, or check that the one there is has this vocabulary."""
+    def configure_model(self) -> None:
+        if self.detached:
+            return  # on_load_checkpoint builds the network
+        check_trainer(self.trainer, self.config)
+        data = datamodule_of(self.trainer)
         if not hasattr(self, "gpt"):
-            self.build(vocabulary)
-        elif vocabulary != self.vocabulary:
-            differing = sorted(set(vocabulary.characters) ^ set(self.vocabulary.characters))
-            raise UserError(
-                f"the text and the network differ in the characters {differing[:5]}\n"
-                "use the text that it was trained on, or train a new model"
-            )
+            known = self.initial[1] if self.initial else Vocabulary("")
+            self.build(known.extended(data.corpus.vocabulary))
+        data.use_vocabulary(self.vocabulary)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # On all ranks, so that all stop; earlier checkpoints are left alone.
@@ -163,7 +189,11 @@ class GPTModule(LightningModule):
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.build_once(Vocabulary(checkpoint["vocabulary"]))
+        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
+            self.build(vocabulary)
+            if not self.detached:
+                datamodule_of(self.trainer).use_vocabulary(vocabulary)
 
     def loss(self, hidden: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
         """Mean cross-entropy in nats per character, from hidden states (B, T, C)."""
@@ -270,6 +300,13 @@ class GPTModule(LightningModule):
                 group["lr"] = group["initial_lr"] * factor
         if self.logs_this_step:
             self.log("lr", optimizer.param_groups[0]["lr"])
+
+
+@torch.no_grad()
+def copy_weights(source: GPT, target: GPT) -> None:
+    """Copy all weights; the rows of additional characters keep their initial values."""
+    for weight, initial in zip(source.parameters(), target.parameters()):
+        initial[: len(weight)] = weight
 
 
 def elapsed_fraction(trainer: Trainer) -> float:

@@ -63,17 +63,9 @@ def make_trainer(
     settings = TRAINER_DEFAULTS | settings | limits
     seconds = seconds_of(settings.get("max_time"))
     check_limits(settings | {"max_time": seconds})
-    callbacks, plugins, root = (
-        as_list(callbacks),
-        as_list(plugins),
-        Path(default_root_dir or ".").absolute(),
-    )
-    barebones, saves = settings.get("barebones"), settings.get("enable_checkpointing") is not False
-
-    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
-    if run is None and saves and not barebones and not settings.get("fast_dev_run"):
-        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
-        callbacks.append(run)
+    callbacks, plugins = as_list(callbacks), as_list(plugins)
+    root = Path(default_root_dir or ".").absolute()
+    run = run_checkpoint(callbacks, settings, root)
     if run:
         run.settings = {name: settings.get(name) for name in RUN_SETTINGS}
         run.settings["max_time"] = None if seconds is None else round(seconds)
@@ -86,7 +78,7 @@ def make_trainer(
         if logger in (None, True):
             logger = TensorBoardLogger(root.parent, "", root.name, default_hp_metric=False)
 
-    if not barebones:
+    if not settings.get("barebones"):
         callbacks += [RunReport(run), Throughput()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if settings.get("enable_progress_bar") is not False and not has_bar:
@@ -100,6 +92,18 @@ def make_trainer(
     settings["val_check_interval"] *= settings["accumulate_grad_batches"]  # Lightning's are batches
     settings |= dict(callbacks=callbacks, logger=logger, plugins=plugins, default_root_dir=root)
     return Trainer(**settings)
+
+
+def run_checkpoint(
+    callbacks: list[Callback], settings: dict[str, Any], root: Path
+) -> RunCheckpoint | None:
+    """The RunCheckpoint among the callbacks, or else a new one, unless nothing is to be saved."""
+    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
+    saves = settings.get("enable_checkpointing") is not False
+    if run is None and saves and not settings.get("barebones") and not settings.get("fast_dev_run"):
+        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
+        callbacks.append(run)
+    return run
 
 
 def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:

@@ -157,7 +157,7 @@ def main() -> None:
     settings = ("corpus", "block_size", "val_fraction", "test_fraction")
     data = CharDataModule(**{name: saved[name] for name in settings})
     keys = "corpus_bytes", "corpus_digest", "train_characters"
-    data.trained_text = TrainedText(*(saved[key] for key in keys), named=False)
+    data.trained_text = TrainedText(*(saved[key] for key in keys), required=True)
     data.setup()
     tokens = torch.from_numpy(data.val_tokens[: options.characters].astype(int))
     print(f"{path}\nblock_size {gpt.config.block_size}, {len(tokens) - 1:,} characters scored")
