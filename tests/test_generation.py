@@ -58,8 +58,7 @@ def test_greedy_decoding_equals_recomputing_each_window(switches, block_size):
     lengths = sorted({1, max(block_size - 1, 1), block_size, 3 * block_size})
     prompts = [random_prompt(length, seed=length) for length in lengths]
     expected = [
-        decode_greedily(reference, prompt, 3 * block_size)[len(prompt) :]
-        for prompt in prompts
+        decode_greedily(reference, prompt, 3 * block_size)[len(prompt) :] for prompt in prompts
     ]
     for prompt, text in zip(prompts, expected):
         assert write(gpt, [prompt], 3 * block_size, GREEDY) == [text]
