@@ -27,12 +27,14 @@ const answers = {
   loaded() {
     show_figures();
     set_busy(false);
+    write();
   },
 
   text({ job, ids, from, losses }) {
     if (job !== text.job) return;
     append(ids.map((id) => VOCABULARY.characters[id]));
     losses.forEach((loss, i) => set_loss(from + i, loss));
+    follow();
     progress();
   },
 
@@ -41,8 +43,11 @@ const answers = {
     text.ended = true;
     set_busy(false);
     append_next();
+    // again in the next frames, since lines get their heights when they are first painted
+    requestAnimationFrame(() => (follow(), requestAnimationFrame(follow)));
+    $("plain").textContent = text.characters.join("");
     progress(stopped ? "Stopped." : "Done.", seconds);
-    if (inside.position) look();
+    if (inside.position !== null) look();
   },
 
   seen({ job, position, logits, weights, first }) {
@@ -63,12 +68,15 @@ const answers = {
 // the characters and their elements; `written`: generated from a prompt, otherwise scored
 const text = {
   job: 0, characters: [], spans: [], losses: [], line: null, start: 0, written: true, ended: true,
+  followed: true, top: 0, // whether the end of the text is kept in view, and where it was scrolled to
 }; // prettier-ignore
 
 function begin(characters, written) {
   clear_selection();
   $("text").replaceChildren();
+  $("plain").textContent = "";
   Object.assign(text, { characters: [], spans: [], losses: [], line: null, written, ended: false });
+  Object.assign(text, { followed: true, top: 0 });
   text.start = written ? characters.length : 0;
   append(characters, written);
   $("copy").disabled = false;
@@ -86,6 +94,7 @@ function append(characters, prompt = false) {
     text.characters.push(character);
   }
   $("position").max = text.characters.length;
+  $("text").setAttribute("aria-valuemax", text.characters.length);
   $("of").textContent = `of ${grouped(text.characters.length)}`;
 }
 
@@ -97,6 +106,7 @@ const append_next = () => add_span("next");
 function add_span(name) {
   if (!text.line) {
     text.line = document.createElement("div");
+    text.line.ariaHidden = "true"; // screen readers get #plain instead of a node for each character
     $("text").append(text.line);
   }
   const span = document.createElement("span");
@@ -106,6 +116,15 @@ function add_span(name) {
   text.line.append(span);
   return span;
 }
+
+// Keep the end of the text in view while it grows, unless the user has scrolled away from it.
+function follow() {
+  if (!text.followed || inside.position !== null) return;
+  $("text").scrollTop = $("text").scrollHeight;
+  text.top = $("text").scrollTop;
+}
+
+const note_scroll = () => (text.followed = $("text").scrollTop >= text.top - 2);
 
 const bits = (loss) => loss / Math.LN2;
 
@@ -157,13 +176,26 @@ function show_settings() {
     $(`${id}-value`).textContent = value;
     $(id).setAttribute("aria-valuetext", value);
   }
+  const { max_new_chars } = settings();
+  $("chosen").textContent =
+    `temperature ${shown.temperature}, top-k ${shown.top_k}, top-p ${shown.top_p}, ` +
+    `length ${max_new_chars || 0}, seed ${$("seed").value}`;
   if (inside.logits) show_bars();
+}
+
+// The form's values survive a reload in the history entry; storage is not available to all local files.
+const FIELDS = ["prompt", "seed", ...NUMBERS];
+
+function save_form() {
+  history.replaceState(Object.fromEntries(FIELDS.map((id) => [id, $(id).value])), "");
 }
 
 function problem(message, field = null) {
   $("problem").textContent = message;
+  if (message) $("status").textContent = "";
   for (const id of ["prompt", "seed", "max_new_chars"])
     id === field ? $(id).setAttribute("aria-invalid", "true") : $(id).removeAttribute("aria-invalid");
+  if (field && NUMBERS.concat("seed").includes(field)) $("how").open = true;
   if (field) $(field).focus();
 }
 
@@ -183,10 +215,16 @@ function write() {
   const prompt = attempt("prompt", () => VOCABULARY.encode($("prompt").value || VOCABULARY.opening));
   const number = prompt && attempt("seed", seed);
   const chosen = { ...settings(), seed: number };
-  if (number === null || attempt("max_new_chars", () => check_settings(chosen) ?? true) === null) return;
+  if (number === null || attempt("max_new_chars", () => check_form(chosen)) === null) return;
   begin(prompt.map((id) => VOCABULARY.characters[id]), true);
   text.job = ask("write", { prompt, settings: chosen });
   progress();
+}
+
+function check_form(chosen) {
+  if (Number.isNaN(chosen.max_new_chars)) throw new Error("the length is empty; it must be a whole number of at least 0");
+  check_settings(chosen);
+  return true;
 }
 
 function score() {
@@ -237,16 +275,27 @@ const inside = { job: 0, position: null, logits: null, seen: null };
 
 function select(position) {
   const end = text.ended ? text.characters.length : text.characters.length - 1;
-  if (end < 1) return;
-  position = Math.max(1, Math.min(end, position));
+  if (end < 0 || !Number.isFinite(position)) return;
+  position = Math.max(0, Math.min(end, Math.round(position)));
   mark("selected", position);
   inside.position = position;
-  $("position").value = position;
+  $("position").value = position + 1;
+  $("text").setAttribute("aria-valuenow", position + 1);
+  $("text").setAttribute("aria-valuetext", `${position + 1}: ${name_of(position)}`);
+  $("close").hidden = false;
+  $("meanwhile").hidden = true;
+  document.querySelector("aside").classList.add("open");
   look();
+  text.spans[position].scrollIntoView({ block: "nearest" });
+}
+
+function name_of(position) {
+  return position < text.characters.length ? visible(text.characters[position])[0] : "what would come next";
 }
 
 function look() {
   const { position } = inside;
+  if (position === 0) return show_first();
   const chosen = $("head").value;
   const head = chosen === "mean" ? null : Number(chosen);
   inside.job = ask("look", { position, layer: Number($("layer").value), head });
@@ -257,8 +306,20 @@ function clear_selection() {
   Object.assign(inside, { job: 0, position: null, logits: null, seen: null });
   for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
   $("position").value = "";
-  $("inside").hidden = true;
+  $("text").setAttribute("aria-valuetext", "none selected");
+  $("seen").textContent = "";
+  $("inside").hidden = $("close").hidden = true;
   $("meanwhile").hidden = false;
+  document.querySelector("aside").classList.remove("open");
+}
+
+// The network predicts each character from those before it, so it does not predict the first.
+function show_first() {
+  Object.assign(inside, { job: 0, logits: null, seen: 0 });
+  mark("from", null);
+  for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
+  $("inside").hidden = true;
+  $("seen").textContent = "The network does not predict the first character: there is none before it.";
 }
 
 function mark(name, position) {
@@ -289,7 +350,6 @@ function show_bars() {
   $("bars").replaceChildren(...shown.map((id) => bar(id, network[id], drawn[id], most, id === actual)));
   $("seen").replaceChildren(...describe_seen(actual, network, order));
   $("inside").hidden = false;
-  $("meanwhile").hidden = true;
 }
 
 function bar(id, network, drawn, most, is_actual) {
@@ -337,7 +397,7 @@ function show_attention(weights, first) {
   const by_weight = descending(weights).slice(0, 3);
   const named = by_weight.map((i) => {
     const [name, is_code] = visible(text.characters[first + i]);
-    return `${is_code ? name : `“${name}”`} (character ${first + i}, ${percent(weights[i])})`;
+    return `${is_code ? name : `“${name}”`} (character ${first + i + 1}, ${percent(weights[i])})`;
   });
   const who = $("head").value === "mean" ? "The heads of this layer" : "This head";
   $("looked").textContent =
@@ -363,13 +423,14 @@ function show_shade() {
 // ---- keys and clicks ----
 
 function on_key(event) {
-  const here = inside.position ?? 0;
+  const here = inside.position;
+  const from = (move) => (here === null ? 0 : move());
   const moves = {
-    ArrowLeft: () => here - 1,
-    ArrowRight: () => here + 1,
-    ArrowUp: () => in_line(here, -1),
-    ArrowDown: () => in_line(here, 1),
-    Home: () => 1,
+    ArrowLeft: () => from(() => here - 1),
+    ArrowRight: () => from(() => here + 1),
+    ArrowUp: () => from(() => in_line(here, -1)),
+    ArrowDown: () => from(() => in_line(here, 1)),
+    Home: () => 0,
     End: () => text.characters.length,
   };
   if (event.altKey || event.ctrlKey || event.metaKey) return;
@@ -377,7 +438,6 @@ function on_key(event) {
   else if (event.key in moves && text.characters.length) {
     event.preventDefault();
     select(moves[event.key]());
-    text.spans[inside.position]?.scrollIntoView({ block: "nearest" });
   }
 }
 
@@ -420,40 +480,57 @@ function fill_choices() {
   $("top_k").max = VOCABULARY.characters.length;
   const defaults = { max_new_chars, temperature, seed, top_p: top_p ?? 1, top_k: top_k ?? $("top_k").max };
   for (const [id, value] of Object.entries(defaults)) $(id).value = value;
+  $("prompt").value = first_prompt();
+  for (const [id, value] of Object.entries(history.state ?? {})) if (FIELDS.includes(id)) $(id).value = value;
   $("same").textContent =
     "The same prompt, seed and settings give the same text here and in “python -m chargpt predict”.";
 }
 
+// A prompt to start with, in characters that the network knows.
+function first_prompt() {
+  const known = (text) => Array.from(text).every((character) => VOCABULARY.ids.has(character));
+  const { corpus } = DATA.figures;
+  const candidates = [corpus === "tiny-shakespeare" ? "ROMEO:\n" : "The ", "the ", "A", "a"];
+  const letter = VOCABULARY.characters.find((character) => /[\p{L}\p{N}]/u.test(character));
+  return candidates.find(known) ?? letter ?? VOCABULARY.opening;
+}
+
 function start() {
+  document.querySelector("main").hidden = false;
+  $("figures").textContent = "Loading the network …";
   fill_choices();
   show_settings();
   show_shade();
   const on = (id, event, handler) => $(id).addEventListener(event, handler);
-  on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write()));
-  on("form", "input", show_settings);
+  const write_in_view = () => (write(), $("text").scrollIntoView({ block: "nearest" }));
+  on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write_in_view()));
+  on("form", "input", () => (show_settings(), save_form()));
   on("prompt", "keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write_in_view();
   });
+  on("text", "scroll", note_scroll);
+  on("close", "click", () => (clear_selection(), $("text").focus()));
   on("score", "click", score);
   on("stop", "click", () => ask("stop"));
   on("another", "click", () => {
     const number = attempt("seed", seed);
     if (number === null) return;
     $("seed").value = String(number + 1n);
+    show_settings();
+    save_form();
     write();
   });
   on("copy", "click", copy);
   on("text", "click", (event) => event.target.position !== undefined && select(event.target.position));
   on("text", "keydown", on_key);
-  on("position", "change", () => $("position").value && select($("position").valueAsNumber));
+  on("position", "change", () => $("position").value && select($("position").valueAsNumber - 1));
   for (const id of ["layer", "head"])
     on(id, "change", () => {
       document.querySelector("input[value=attention]").checked = true;
       show_shade();
-      if (inside.position) look();
+      if (inside.position !== null) look();
     });
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
-  $("how").open = innerWidth > 900; // collapsed on phones, to leave space for the text
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });
