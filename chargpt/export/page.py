@@ -125,7 +125,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
     }
     folder = resources.files("chargpt.export")
     parts = {
-        name: (folder / name).read_text(encoding="utf-8")
+        name: compact((folder / name).read_text(encoding="utf-8"))
         for name in ("page.html", "kernel.js", "page.js", "view.js")
     }
     parts |= {"data": as_script_data(data), "weights": base64.b64encode(weights).decode()}
@@ -158,6 +158,12 @@ def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
 def as_script_data(data: dict[str, Any]) -> str:
     """JSON that is safe inside a script element: ASCII only, and < is escaped."""
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def compact(source: str) -> str:
+    """HTML or JavaScript without indentation and without lines that hold only a comment."""
+    lines = (line.strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
 def policy(template: str, parts: dict[str, str]) -> str:
