@@ -1024,6 +1024,11 @@ def test_the_whole_text_is_printed(opened):
         assert opened.js(hidden) <= 1
         assert opened.js("getComputedStyle(text.line).contentVisibility") == "visible"
         assert not opened.element("#form").is_displayed()
+        opened.js("open_stage('logits')")
+        opened.js("select(8)")
+        opened.wait("document.querySelector('#vectors .scroll')")
+        cut = "[...document.querySelectorAll('aside, .scroll')].filter((e) => e.scrollHeight - e.clientHeight > 2)"
+        assert opened.js(f"{cut}.length") == 0
 
 
 CONTRAST = """

@@ -299,7 +299,7 @@ function select(position) {
   $("text").setAttribute("aria-valuenow", position + 1);
   $("text").setAttribute("aria-valuetext", `${position + 1}: ${name_of(position)}`);
   $("close").hidden = false;
-  document.querySelector("aside").classList.add("open");
+  $("inside").classList.add("open");
   look();
   text.spans[position].scrollIntoView({ block: "nearest" });
 }
@@ -320,7 +320,7 @@ function clear_selection() {
   $("text").setAttribute("aria-valuetext", "none selected");
   $("seen").textContent = "";
   $("close").hidden = true;
-  document.querySelector("aside").classList.remove("open");
+  $("inside").classList.remove("open");
   show_inside();
 }
 
@@ -425,7 +425,7 @@ function fill_diagram() {
     entry.cells[0].textContent = entry.name;
     const button = make("button", "", ...entry.cells.slice(0, entry.branch ? 2 : 4));
     button.type = "button";
-    button.addEventListener("click", () => open_stage(entry.id));
+    button.addEventListener("click", () => (open_stage(entry.id), $("stage").scrollIntoView({ block: "nearest" })));
     entry.button = button;
     $("diagram").append(make("li", entry.branch ? "branch" : "", button));
   }
@@ -821,7 +821,7 @@ function show_product() {
   $("product").hidden = !pair;
   if (!pair) return;
   const { query, keys } = pair;
-  if (!(inside.key >= first && inside.key < seen)) inside.key = first + argmax(weights);
+  if (inside.key === null || inside.key < first || inside.key >= seen) inside.key = first + argmax(weights);
   const key = keys[inside.key - first];
   Object.assign($("key"), { min: first + 1, max: seen, value: inside.key + 1 });
   const dot = (k) => query.reduce((sum, q, d) => sum + q * k[d], 0);
@@ -959,7 +959,9 @@ function start() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write_in_view();
   });
   on("text", "scroll", note_scroll);
-  on("close", "click", () => (clear_selection(), $("text").focus()));
+  const close = () => (clear_selection(), $("text").focus());
+  on("close", "click", close);
+  on("inside", "keydown", (event) => event.key === "Escape" && close());
   on("score", "click", score);
   on("stop", "click", () => ask("stop"));
   on("another", "click", () => {
@@ -978,7 +980,7 @@ function start() {
   on("layer", "change", () => open_stage(`attention ${$("layer").value}`));
   on("head", "change", () => choose_head($("head").value));
   on("key", "change", () => {
-    inside.key = $("key").valueAsNumber - 1;
+    inside.key = $("key").value ? $("key").valueAsNumber - 1 : null;
     if (inside.trace) show_product();
   });
   on("maps", "pointermove", name_cell);
