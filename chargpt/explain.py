@@ -51,8 +51,9 @@ def explain(text: str) -> None:
     show_stream(model, idx)
     show_prediction(model, idx, line, itos)
     before = show_loss(model, idx, targets)
-    weight = show_gradient(model, idx, targets, itos)
-    show_step(copy.deepcopy(model), idx, targets, weight)
+    stepped = copy.deepcopy(model)
+    weight = show_gradient(stepped, idx, targets, itos)
+    show_step(stepped, idx, targets, weight)
     print(
         f"\n--- Training: {TRAINING['epochs']} steps, each on {TRAINING['batch_size']} sequences\n"
     )
