@@ -1,13 +1,17 @@
 """tests/benchmarks/gpu.py and step.py on the CPU, with tiny networks."""
 
+import collections
+import contextlib
 import json
 import math
 import runpy
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from chargpt.model import GPT, GPTConfig
 
@@ -174,3 +178,28 @@ def test_step(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "of the peak" in output
     assert "matrix products" in output
+
+
+def test_kernels_of_a_step(monkeypatch, capsys):
+    import step
+
+    class Profile:
+        def key_averages(self):
+            cpu, gpu = (getattr(torch.autograd.DeviceType, name) for name in ("CPU", "CUDA"))
+            return [
+                Event(cpu, False, 0, 40, "aten::mm"),
+                Event(gpu, False, 1000, 20, "activation"),
+                Event(gpu, False, 3000, 10, "gemm"),
+                Event(gpu, True, 9000, 2, "an annotation"),
+            ]
+
+    fields = "device_type is_user_annotation self_device_time_total count key"
+    Event = collections.namedtuple("Event", fields)
+    monkeypatch.setattr(step, "profile", lambda activities: contextlib.nullcontext(Profile()))
+    monkeypatch.setattr(step, "seconds", lambda work, batch, turns: turns * 0.008)
+    step.print_kernels(mock.Mock(), torch.zeros(1, 9), 2)
+    summary, *kernels = capsys.readouterr().out.strip().splitlines()
+    assert summary.startswith("context 8: a step takes 8.00 ms, its 15 kernels 2.00 ms")
+    assert "busy for 25% of the time" in summary
+    assert [line.split()[0] for line in kernels] == ["75.0%", "25.0%"]
+    assert kernels[0].endswith("gemm")

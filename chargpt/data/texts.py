@@ -56,8 +56,9 @@ def resolve_corpus(
     except UnavailableError as error:
         if fallback in (None, corpus):
             raise
-        message = f"{corpus} is unavailable, so {fallback} is used instead\n{error}"
-        warnings.warn(message, stacklevel=2)
+        reason, _, advice = str(error).partition("\n")
+        message = f"{corpus} is unavailable, so {fallback} is used instead: {reason}."
+        warnings.warn(f"{message} To use {corpus}, {advice}.", stacklevel=2)
         return resolve_corpus(str(fallback), data_dir)
     files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
     if not files:

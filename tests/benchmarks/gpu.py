@@ -33,7 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "tensorboard", "jsonargparse", "filelock", "tqdm")
+PACKAGES = ["torch", "lightning", "torchmetrics", "tensorboard", "filelock", "tqdm"]
+PACKAGES += ["jsonargparse", "docstring_parser", "typeshed_client"]
 if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
     sys.exit(f"gpu.py needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
