@@ -112,21 +112,17 @@ class SequenceState:
     sample: int
     length: int  # characters in all, including the prompt
     window: list[int]  # the newest ids, which the network sees
-    pending: list[int] = field(default_factory=list)  # generated, possibly the start of a stop
+    pending: list[int] = field(default_factory=list)  # generated, possibly part of a stop sequence
 
     def add(self, id: int, stops: Sequence[list[int]], last: bool) -> Chunk:
-        """Add one id; ids that may be the start of a stop sequence stay pending."""
+        """Add one id; ids that a stop sequence might include stay pending."""
         self.length += 1
         self.window.append(id)
         self.pending.append(id)
-        stop_start = len(self.pending)  # where a stop sequence may start
-        for start in range(len(self.pending)):
-            tail = self.pending[start:]
-            if tail in stops:
-                return Chunk(self.row, self.pending[:start], True)
-            if any(stop[: len(tail)] == tail for stop in stops):
-                stop_start = min(stop_start, start)
-        ready = len(self.pending) if last else stop_start
+        if found := [len(stop) for stop in stops if self.pending[-len(stop) :] == stop]:
+            return Chunk(self.row, self.pending[: -max(found)], True)
+        held = 0 if last else max(map(len, stops), default=1) - 1
+        ready = max(0, len(self.pending) - held)
         chunk = Chunk(self.row, self.pending[:ready], last)
         self.pending = self.pending[ready:]
         return chunk

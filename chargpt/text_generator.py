@@ -53,7 +53,7 @@ class TextGenerator(nn.Module):
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """The continuation of the prompt, streamed while it is generated.
 
-        A chunk is one character, or several where the first ones might have started a stop string.
+        A chunk is a character. With stop strings, chunks are late by the longest one's length - 1.
         """
         chunks = self.write([prompt], GenerationConfig(**settings))
         return (text for _, text, _ in chunks if text)

@@ -385,7 +385,9 @@ def test_a_text_ends_before_the_first_stop_string(written, stops):
         assert n == len(stopped) and shown == stopped[:-longest]
 
 
-def test_ids_that_cannot_start_a_stop_string_are_returned_at_once():
+def test_ids_that_are_too_old_for_a_stop_string_are_returned():
     text = SequenceState(0, 0, 0, [])
-    shown = [text.add(id, [[1, 2, 3]], last=False).ids for id in [0, 1, 2, 0, 1, 1, 2]]
-    assert shown == [[0], [], [], [1, 2, 0], [], [1], []]
+    shown = [text.add(id, [[1, 2, 3], [7]], last=False).ids for id in [0, 1, 2, 0, 1]]
+    assert shown == [[], [], [0], [1], [2]]
+    assert SequenceState(0, 0, 0, []).add(5, [], last=False).ids == [5]
+    assert SequenceState(0, 0, 0, []).add(5, [[7]], last=False).ids == [5]

@@ -58,7 +58,8 @@ def print_help() -> None:
 
 def refuse_command(command: str) -> NoReturn:
     hint = f"choose one of {', '.join(COMMANDS)}; python -m chargpt --help explains them"
-    near = [*filter(None, [SYNONYMS.get(command)]), *difflib.get_close_matches(command, COMMANDS)]
+    near = difflib.get_close_matches(command, COMMANDS)
+    near = [SYNONYMS[command]] if command in SYNONYMS else near
     if not command or command.startswith("-"):
         fail(f"the command comes first; {hint}", status=2)
     hint = f"did you mean {near[0]}?" if near else hint

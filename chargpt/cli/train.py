@@ -381,14 +381,13 @@ class TrainingCLI(LightningCLI):
             raise SystemExit(143)
 
     def print_score(self) -> None:
-        """What was scored, and the loss in the usual units, on standard error."""
-        corpus = (
-            self.datamodule.val_corpus if self.command == "validate" else self.datamodule.corpus
-        )
-        nats, bits = (value.item() for value in self.trainer.callback_metrics.values())
+        """Print to standard error what was scored, and the loss in the usual units."""
+        data, validates = self.datamodule, self.command == "validate"
+        path = (data.val_corpus if validates else data.corpus).source.path
+        nats = self.trainer.callback_metrics["val_loss" if validates else "test_loss"]
         print(
-            f"scored   {self.model.scored:,} characters of {corpus.source.path}: {nats:.4f} nats, "
-            f"{bits:.4f} bits per character, perplexity {math.exp(nats):.4f}",
+            f"scored   {self.model.scored:,} characters of {path}: {nats.item():.4f} nats, "
+            f"{nats.item() / math.log(2):.4f} bits per character, perplexity {nats.exp():.4f}",
             file=sys.stderr,
         )
 

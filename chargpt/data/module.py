@@ -88,7 +88,8 @@ class CharDataModule(LightningDataModule):
         h, trained = self.hparams, self.trained_text
         self.corpus = self.open_text(h["corpus"], h["fallback_corpus"], trained)
         self.val_corpus, self.vocabulary = self.corpus, self.corpus.vocabulary
-        N, val_fraction = len(self.corpus.tokens), 0.0 if h["val_corpus"] else h["val_fraction"]
+        val_fraction = 0.0 if h["val_corpus"] else h["val_fraction"]
+        N = len(self.corpus.tokens)
         test_start = int(N * (1 - h["test_fraction"]))
         val_start = int(N * (1 - val_fraction - h["test_fraction"]))
         parts = np.split(self.corpus.tokens, [val_start, test_start])
@@ -134,13 +135,12 @@ class CharDataModule(LightningDataModule):
         if self.trainer and self.trainer.strategy.broadcast(digests) != digests:
             path = self.corpus.source.path
             raise UserError(f"{path} differs between machines\ncopy it to all of them again")
+        record: dict[str, Any] = dict(train_characters=len(self.train_tokens))
         for name in ("corpus", "val_corpus") if self.hparams["val_corpus"] else ("corpus",):
             source, _, _, digest = getattr(self, name)
-            texts = {name: str(source.path), f"{name}_name": source.name}
-            self.save_hyperparameters(
-                texts | {f"{name}_digest": digest, f"{name}_bytes": source.size}
-            )
-        self.save_hyperparameters(dict(train_characters=len(self.train_tokens)))
+            record |= {name: str(source.path), f"{name}_name": source.name}
+            record |= {f"{name}_bytes": source.size, f"{name}_digest": digest}
+        self.save_hyperparameters(record)
 
     def check_lengths(self) -> None:
         h = self.hparams
