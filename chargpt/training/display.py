@@ -76,12 +76,11 @@ class RunReport(Callback):
         corpus, files = data.corpus, len(data.corpus.source.files)
         network = getattr(module, "gpt", module)  # without the second head
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        on_cpu, bf16, hint = device.type == "cpu", "bf16" in str(trainer.precision), ""
-        multiplies_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-        if on_cpu and bf16 and not multiplies_bf16:
-            warnings.warn("bf16 is slower than float32 on CPUs without AMX", stacklevel=1)
-        elif on_cpu and not bf16 and multiplies_bf16:
-            hint = " (--trainer.precision bf16-mixed may be faster on this CPU)"
+        hint, bf16 = "", "bf16" in str(trainer.precision)
+        if device.type == "cpu" and bf16 != torch.cpu.get_capabilities().get("amx_bf16", False):
+            hint = "" if bf16 else " (--trainer.precision bf16-mixed may be faster)"
+            if bf16:
+                warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
         devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
         factors = f" ({data.hparams['batch_size']} x {devices} devices x {accumulate} accumulated)"
@@ -108,8 +107,9 @@ class RunReport(Callback):
             V = len(datamodule_of(trainer).vocabulary)
             guess = f"random guessing: ln {V} = {math.log(V):.3f}"
             write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
-            for logger in trainer.loggers if trainer.log_every_n_steps > 1 else ():
-                logger.log_metrics({"train_loss": loss}, 0)  # Lightning's first is a later one
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            for logger in trainer.loggers if every > 1 else ():
+                logger.log_metrics({"train_loss": loss}, 0)  # Lightning logs no step before that
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
