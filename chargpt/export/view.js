@@ -328,7 +328,7 @@ function clear_selection() {
 function show_first() {
   forget();
   inside.seen = 0;
-  $("seen").textContent = "The network does not predict the first character: there is none before it.";
+  $("seen").textContent = "The network does not predict the first character: nothing comes before it.";
   show_inside();
 }
 
@@ -379,8 +379,8 @@ const actual_id = () =>
   inside.seen < text.characters.length ? VOCABULARY.ids.get(text.characters[inside.seen]) : null;
 
 const percent = (p) =>
-  p >= 0.0995 ? `${(p * 100).toFixed(0)} %` : p >= 0.001 ? `${(p * 100).toFixed(1)} %`
-    : p > 0 ? "<0.1 %" : "0 %"; // prettier-ignore
+  p >= 0.0995 ? `${(p * 100).toFixed(0)}%` : p >= 0.001 ? `${(p * 100).toFixed(1)}%`
+    : p > 0 ? "<0.1%" : "0%"; // prettier-ignore
 
 function describe_seen() {
   const actual = actual_id();
@@ -501,7 +501,7 @@ function paint(canvas, width, height, color) {
   context.putImageData(image, 0, 0);
 }
 
-const STRIP = " Strips: a column for each number, orange above 0, blue below.";
+const STRIP = " In the strips, each column is one number: orange is positive, blue negative.";
 
 function explain_characters() {
   return (
@@ -528,8 +528,8 @@ function explain_embeddings() {
   const { position, ngrams, norm } = DATA.config;
   return (
     `Each id selects a row of ${grouped(C)} numbers from a table.` +
-    (position === "learned" ? " Each position adds a row of a second table." : " Positions act later: attention rotates queries and keys by them.") +
-    (ngrams ? " The last characters together (n-grams) select rows of further tables by a hash." : "") +
+    (position === "learned" ? " Each position adds a row of a second table." : " Positions are not added: attention rotates queries and keys by an angle proportional to the position.") +
+    (ngrams ? " The last characters together (n-grams) select rows of further tables, by a hash of their ids." : "") +
     (norm === "plain" ? " The sum is normalized to mean 0 and variance 1." : " The sum enters the residual stream.") +
     STRIP
   ); // prettier-ignore
@@ -563,14 +563,14 @@ function show_lens(index, title = "Residual stream") {
   const shown = with_actual(descending(trace.lens[index]).slice(0, 5));
   const most = probabilities[shown[0]];
   list.append(...shown.map((id) => bar(id, probabilities[id], null, most)));
-  $("vectors").append(make("p", "quiet", "The guess by the logit lens:"), list);
+  $("vectors").append(make("p", "quiet", "Prediction of the logit lens:"), list);
 }
 
 function explain_feed_forward() {
   const name = { relu: "ReLU", gelu: "GELU", relu2: "ReLU squared" }[DATA.config.activation];
   return (
-    `Each position by itself: a norm, then ${grouped(C)} numbers become ${grouped(4 * C)} hidden units with the ` +
-    `activation ${name}, and these ${grouped(C)} again, which are added to the residual stream.` + STRIP
+    `Applied to each position separately: a norm, a linear layer from ${grouped(C)} to ${grouped(4 * C)} hidden ` +
+    `units, ${name}, and a linear layer back to ${grouped(C)}. Its output is added to the residual stream.` + STRIP
   ); // prettier-ignore
 }
 
@@ -585,7 +585,7 @@ function show_hidden(layer) {
 function explain_logits() {
   return (
     `The residual stream is normalized, and the head, a matrix of ${grouped(V)} rows, gives each character of the ` +
-    "vocabulary a number, its logit. Softmax makes probabilities of them: e to the logit, divided by the sum of all."
+    "vocabulary a number, its logit. Softmax turns logits into probabilities: e^logit divided by the sum of e^logit."
   );
 }
 
@@ -692,7 +692,7 @@ function show_drawn(drawn) {
     seed_used ??= seed();
   } catch {} // no valid seed to show a number for
   if (chosen.temperature === 0 || seed_used === null) {
-    $("drawn").textContent = chosen.temperature === 0 ? "Temperature 0 takes the most likely character; no number is drawn." : "";
+    $("drawn").textContent = chosen.temperature === 0 ? "At temperature 0 the most likely character is taken; no random number is used." : "";
     return;
   }
   const point = uniform(seed_used, 0, seen);
@@ -712,10 +712,10 @@ function show_drawn(drawn) {
   const given = type === "score" || seen < prompt.length;
   const where = `${quoted_id(picked)} (${interval.map((x) => x.toFixed(4)).join(" to ")})`;
   $("drawn").textContent =
-    seen === changed ? `You put this character here. The number ${point.toFixed(4)} picks ${where}.`
-    : given ? `This character was given, not drawn. The number ${point.toFixed(4)} of seed ${seed_used} would pick ${where}.`
-    : actual_id() === null || picked === actual_id() ? `The number drawn is ${point.toFixed(4)}, in the interval of ${where}.`
-    : `The number drawn is ${point.toFixed(4)}; with the settings as they are now it picks ${where}.`; // prettier-ignore
+    seen === changed ? `You put this character here. The random number ${point.toFixed(4)} would have picked ${where}.`
+    : given ? `This character was not sampled. With seed ${seed_used} the random number would be ${point.toFixed(4)}, which picks ${where}.`
+    : actual_id() === null || picked === actual_id() ? `The random number is ${point.toFixed(4)}, which is in the interval of ${where}.`
+    : `The random number is ${point.toFixed(4)}; with the current settings it would pick ${where}.`; // prettier-ignore
 }
 
 // ---- attention ----
@@ -736,9 +736,9 @@ function show_attention() {
 
 function explain_attention() {
   return (
-    "Each head compares the query of a position with the keys of itself and the positions before it. Softmax of the " +
-    "scores gives the weights with which it averages their values." +
-    (DATA.config.position === "rotary" ? " Queries and keys are rotated by their position." : "")
+    "Each head compares the query of a position with the keys of that position and all earlier ones. Softmax turns " +
+    "the scores into weights, and the head outputs the weighted average of the values." +
+    (DATA.config.position === "rotary" ? " Queries and keys are rotated by an angle proportional to their position." : "")
   );
 }
 
@@ -834,9 +834,9 @@ function show_product() {
   const total = keys.reduce((sum, k) => sum + Math.exp(dot(k) / Math.sqrt(D)), 0);
   $("weight").textContent =
     `The query of ${quoted(text.characters[seen - 1])} (${seen}) and the key of ${quoted(text.characters[inside.key])} ` +
-    `(${inside.key + 1}): the products add up to ${number(dot(key))}. Divided by √${D}, the score is ${number(score)}. ` +
-    `e^score is ${number(Math.exp(score))}; divided by the sum over all ${grouped(keys.length)} characters of the ` +
-    `context, ${number(total)}, the weight is ${(Math.exp(score) / total).toFixed(4)}.`;
+    `(${inside.key + 1}): their dot product, the sum of the products, is ${number(dot(key))}. Divided by √${D}, it gives the ` +
+    `score ${number(score)}. e^score is ${number(Math.exp(score))}; divided by the sum of e^score over all ` +
+    `${grouped(keys.length)} characters of the context, ${number(total)}, it gives the weight ${(Math.exp(score) / total).toFixed(4)}.`;
   for (const mark of $("maps").querySelectorAll("i.key")) mark.remove();
   const { from, n } = trace_maps();
   const box = $("maps").children[Number($("head").value)]?.querySelector("div");

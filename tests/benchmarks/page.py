@@ -117,7 +117,7 @@ def measure(name: str, chars: int, seeds: int, page: chromium.Page, folder: Path
     )
     size = path.stat().st_size
     print(
-        f"  {size:,} bytes: {(size - 60_000) / (2 * count):.3f} times the float16 weights, plus 60,000"
+        f"  {size:,} bytes, {size - 8 / 3 * count:,.0f} of them beside the float16 weights in base64"
     )
     print(f"  loaded in {opened:.2f} s")
 
