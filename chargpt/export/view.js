@@ -118,7 +118,7 @@ const append_next = () => add_span("next");
 function add_span(name) {
   if (!text.line) {
     text.line = document.createElement("div");
-    text.line.ariaHidden = "true"; // screen readers get #plain instead of a node for each character
+    text.line.setAttribute("aria-hidden", "true"); // screen readers get #plain instead of a node for each character
     $("text").append(text.line);
   }
   const span = document.createElement("span");
@@ -198,8 +198,15 @@ function show_settings() {
 
 // The form's values survive a reload in the history entry; storage is not available to all local files.
 const FIELDS = ["prompt", "seed", ...NUMBERS];
+let saving = 0;
+
+function save_soon() {
+  clearTimeout(saving);
+  saving = setTimeout(save_form, 400); // browsers limit how often the entry may be replaced
+}
 
 function save_form() {
+  clearTimeout(saving);
   history.replaceState(Object.fromEntries(FIELDS.map((id) => [id, $(id).value])), "");
 }
 
@@ -229,6 +236,7 @@ function write() {
   const number = prompt && attempt("seed", seed);
   const chosen = { ...settings(), seed: number };
   if (number === null || attempt("max_new_chars", () => check_form(chosen)) === null) return;
+  save_form();
   text.past = [];
   run({ type: "write", prompt, settings: chosen, start: prompt.length });
 }
@@ -248,6 +256,7 @@ function score() {
     return ids;
   });
   if (ids === null) return;
+  save_form();
   text.past = [];
   run({ type: "score", ids });
 }
@@ -759,7 +768,8 @@ function show_attention_numbers(layer) {
 function show_maps({ from, n, weights }) {
   const row = inside.seen - 1 - from;
   inside.until = from + n - 1;
-  style($("maps"), { columns: H === 1 ? 1 : H > 4 ? 3 : 2 });
+  const small = $("head").value === "mean" ? (H === 4 ? 2 : H) : H - 1; // maps beside each other
+  style($("maps"), { columns: Math.max(1, Math.min(3, small)) });
   const maps = Array.from({ length: H }, (_, head) => {
     const button = make("button", "", `Head ${head + 1}`);
     button.type = "button";
@@ -770,7 +780,7 @@ function show_maps({ from, n, weights }) {
     canvas.ariaLabel = `Attention weights of head ${head + 1} among characters ${from + 1} to ${from + n}`;
     const box = style(make("div", "", canvas, style(make("i"), { row: row / n })), { size: 1 / n });
     box.head = head;
-    return make("div", "map", button, box);
+    return make("div", $("head").value === String(head) ? "map chosen" : "map", button, box);
   });
   $("maps").replaceChildren(...maps);
   const color = channels_of(maps[0].querySelector("canvas"));
@@ -954,7 +964,7 @@ function start() {
   const on = (id, event, handler) => $(id).addEventListener(event, handler);
   const write_in_view = () => (write(), $("text").scrollIntoView({ block: "nearest" }));
   on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write_in_view()));
-  on("form", "input", () => (show_settings(), save_form()));
+  on("form", "input", () => (show_settings(), save_soon()));
   on("prompt", "keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write_in_view();
   });
@@ -969,7 +979,6 @@ function start() {
     if (number === null) return;
     $("seed").value = String(number + 1n);
     show_settings();
-    save_form();
     write();
   });
   on("copy", "click", copy);
