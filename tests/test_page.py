@@ -689,6 +689,21 @@ def test_a_click_on_a_map_selects_its_row_and_key(opened, usual):
     assert opened.text("#weight").endswith(f"the weight {weight:.4f}.")
 
 
+def test_keyboard_focus_stays_when_a_head_is_chosen(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.write("abba", max_new_chars=14, seed=2)
+    opened.element("#text").send_keys(Keys.END)
+    opened.element("input[value=surprise]").send_keys(Keys.ARROW_RIGHT)
+    assert opened.text("#stage") == "Attention 1"
+    opened.wait("inside.trace?.maps")
+    opened.element(".map:nth-child(2) button").send_keys(Keys.ENTER)
+    opened.wait("inside.trace?.pair && document.querySelector('.chosen')")
+    assert opened.js("document.activeElement.textContent") == "Head 2"
+    opened.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert opened.js("[inside.position, document.activeElement.id]") == [None, "text"]
+
+
 def test_every_stage_opens_its_numbers(chrome, tmp_path):
     """For a network with all kinds of embeddings, by keyboard, before and after a selection."""
     from selenium.webdriver.common.keys import Keys

@@ -782,7 +782,9 @@ function show_maps({ from, n, weights }) {
     box.head = head;
     return make("div", $("head").value === String(head) ? "map chosen" : "map", button, box);
   });
+  const focused = [...$("maps").children].findIndex((map) => map.contains(document.activeElement));
   $("maps").replaceChildren(...maps);
+  if (focused >= 0) maps[focused].querySelector("button").focus(); // not lost with the replaced button
   const color = channels_of(maps[0].querySelector("canvas"));
   maps.forEach((map, head) =>
     paint(map.querySelector("canvas"), n, n, (i) => [...color, 255 * Math.sqrt(weights[head * n * n + i])]),
@@ -870,7 +872,7 @@ function show_shade() {
   $("legend").replaceChildren(
     ...{
       surprise: ["0", scale, `${MOST_BITS} bits or more. Italic: your prompt.`],
-      attention: ["none", scale, "most attention"],
+      attention: ["none", scale, "most attention of the selected character"],
       nothing: [],
     }[shade],
   );
@@ -997,6 +999,7 @@ function start() {
   for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"])
     matchMedia(query).addEventListener("change", show_inside); // canvases are painted with the colors in use
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
+  document.querySelector("input[value=attention]").addEventListener("change", () => open_stage(`attention ${$("layer").value}`));
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });
