@@ -242,7 +242,8 @@ function write() {
 }
 
 function check_form(chosen) {
-  if (Number.isNaN(chosen.max_new_chars)) throw new Error("the length is empty; it must be a whole number of at least 0");
+  if (Number.isNaN(chosen.max_new_chars))
+    throw new Error("the length is empty; it must be a whole number of at least 0");
   check_settings(chosen);
   return true;
 }
@@ -522,13 +523,12 @@ function explain_characters() {
 function show_characters() {
   const { first, weights } = inside;
   const from = Math.max(0, weights.length - 20);
-  const row = (name, cells) => make("tr", "", make("th", "", name), ...cells.map((cell) => make("td", "", cell)));
   const shown = Array.from({ length: weights.length - from }, (_, i) => first + from + i);
-  const table = make("table", "", make("tbody", "", ...shown.map((position) =>
-    row(String(position + 1), [visible(text.characters[position])[0], String(VOCABULARY.ids.get(text.characters[position]))])))); // prettier-ignore
-  table.prepend(make("thead", "", row("character", ["", "id"])));
-  const scroll = make("div", "scroll", table);
-  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "The last characters and their ids" });
+  const rows = shown.map((position) => {
+    const character = text.characters[position];
+    return [position + 1, visible(character)[0], VOCABULARY.ids.get(character)];
+  });
+  const scroll = table("The last characters and their ids", ["position", "character", "id"], rows);
   $("vectors").append(scroll);
   scroll.scrollTop = scroll.scrollHeight;
 }
@@ -537,7 +537,8 @@ function explain_embeddings() {
   const { position, ngrams, norm } = DATA.config;
   return (
     `Each id selects a row of ${grouped(C)} numbers from a table.` +
-    (position === "learned" ? " Each position adds a row of a second table." : " Positions are not added: attention rotates queries and keys by an angle proportional to the position.") +
+    (position === "learned" ? " Each position adds a row of a second table."
+      : " Positions are not added: attention rotates queries and keys by an angle proportional to them.") +
     (ngrams ? " The last characters together (n-grams) select rows of further tables, by a hash of their ids." : "") +
     (norm === "plain" ? " The sum is normalized to mean 0 and variance 1." : " The sum enters the residual stream.") +
     STRIP
@@ -601,14 +602,23 @@ function explain_logits() {
 function show_logits() {
   const { logits } = inside;
   const probabilities = softmax(logits);
-  const row = (tag, ...cells) => make("tr", "", ...cells.map((cell) => make(tag, "", cell)));
-  const rows = descending(logits).slice(0, 100).map((id) =>
-    row("td", visible(VOCABULARY.characters[id])[0], logits[id].toFixed(3), number(Math.exp(logits[id])), probabilities[id].toFixed(4))); // prettier-ignore
-  const head = make("thead", "", row("th", "character", "logit", "e^logit", "probability"));
-  const scroll = make("div", "scroll", make("table", "", head, make("tbody", "", ...rows)));
-  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "Logits, most likely first" });
+  const rows = descending(logits).slice(0, 100).map((id) => {
+    const name = visible(VOCABULARY.characters[id])[0];
+    return [name, logits[id].toFixed(3), number(Math.exp(logits[id])), probabilities[id].toFixed(4)];
+  }); // prettier-ignore
+  const scroll = table("Logits, most likely first", ["character", "logit", "e^logit", "probability"], rows);
   const total = logits.reduce((sum, logit) => sum + Math.exp(logit), 0);
   $("vectors").append(scroll, make("p", "quiet", `Sum of e^logit over all characters: ${number(total)}`));
+}
+
+// A table in a box that scrolls, also with the keyboard.
+function table(name, heads, rows) {
+  const row = (tag, cells) => make("tr", "", ...cells.map((cell) => make(tag, "", String(cell))));
+  const body = make("tbody", "", ...rows.map((cells) => row("td", cells)));
+  const scroll = make("div", "scroll", make("table", "", make("thead", "", row("th", heads)), body));
+  for (const [key, value] of Object.entries({ tabindex: 0, role: "region", "aria-label": name }))
+    scroll.setAttribute(key, value);
+  return scroll;
 }
 
 // A number with four significant digits or more, whatever its size.
@@ -688,43 +698,49 @@ function undo() {
   $("text").focus({ preventScroll: true });
 }
 
-// The random number of the position, 0 to 1, on a bar of all probabilities side by side: it picks the
-// character in whose interval it is.
+// The random number of this position, 0 to 1, on a bar of all probabilities side by side, in the order
+// of ids: it picks the character in whose interval it is.
 function show_drawn(drawn) {
-  const { seen } = inside;
-  const { type, prompt, changed, settings: used } = text.request;
   const chosen = settings();
-  $("cumulative").hidden = chosen.temperature === 0;
-  $("cumulative").replaceChildren();
-  let [seed_used, from] = [used?.seed ?? null, 0];
-  try {
-    seed_used ??= seed();
-  } catch {} // no valid seed to show a number for
-  if (chosen.temperature === 0 || seed_used === null) {
-    $("drawn").textContent = chosen.temperature === 0 ? "At temperature 0 the most likely character is taken; no random number is used." : "";
+  const point = chosen.temperature > 0 ? random_number() : null;
+  $("cumulative").hidden = point === null;
+  if (point === null) {
+    const greedy = "At temperature 0 the most likely character is taken; no random number is used.";
+    $("drawn").textContent = chosen.temperature === 0 ? greedy : "";
     return;
   }
-  const point = uniform(seed_used, 0, seen);
   const picked = sample(inside.logits, chosen, point);
   const total = drawn.reduce((a, b) => a + b, 0);
-  let interval = null;
-  drawn.forEach((probability, id) => {
-    const share = probability / total;
-    if (id === picked) interval = [from, from + share];
-    if (share > 0.002) {
-      const segment = make("i", id === picked ? "picked" : "", share > 0.05 ? visible(VOCABULARY.characters[id])[0] : "");
-      $("cumulative").append(style(segment, { from: from.toFixed(5), share: share.toFixed(5) }));
-    }
-    from += share;
+  const ends = [];
+  drawn.forEach((probability, id) => (ends[id] = (ends[id - 1] ?? 0) + probability / total));
+  const segments = [...ends.keys()].map((id) => {
+    const share = drawn[id] / total;
+    const name = share > 0.05 ? short(VOCABULARY.characters[id]) : "";
+    return style(make("i", id === picked ? "picked" : "", name), { from: ends[id] - share, share });
   });
-  $("cumulative").append(style(make("b"), { from: point.toFixed(5) }));
-  const given = type === "score" || seen < prompt.length;
-  const where = `${quoted_id(picked)} (${interval.map((x) => x.toFixed(4)).join(" to ")})`;
-  $("drawn").textContent =
-    seen === changed ? `You put this character here. The random number ${point.toFixed(4)} would have picked ${where}.`
-    : given ? `This character was not sampled. With seed ${seed_used} the random number would be ${point.toFixed(4)}, which picks ${where}.`
-    : actual_id() === null || picked === actual_id() ? `The random number is ${point.toFixed(4)}, which is in the interval of ${where}.`
-    : `The random number is ${point.toFixed(4)}; with the current settings it would pick ${where}.`; // prettier-ignore
+  const wide = segments.filter((_, id) => drawn[id] / total > 0.002);
+  $("cumulative").replaceChildren(...wide, style(make("b"), { from: point }));
+  const interval = `${quoted_id(picked)} (${(ends[picked - 1] ?? 0).toFixed(4)} to ${ends[picked].toFixed(4)})`;
+  $("drawn").textContent = describe_drawn(point.toFixed(4), picked, interval);
+}
+
+function random_number() {
+  try {
+    return uniform(text.request.settings?.seed ?? seed(), 0, inside.seen);
+  } catch {
+    return null; // the seed typed for a scored text is not a number
+  }
+}
+
+function describe_drawn(point, picked, interval) {
+  const { type, start, changed } = text.request;
+  const { seen } = inside;
+  if (seen === changed) return `You put this character here. The random number ${point} would have picked ${interval}.`;
+  if (type === "score" || seen < start)
+    return `This character was not sampled. The random number would have been ${point}, which picks ${interval}.`;
+  if (actual_id() === null || picked === actual_id())
+    return `The random number is ${point}, which is in the interval of ${interval}.`;
+  return `The random number is ${point}; with the current settings it would pick ${interval}.`;
 }
 
 // ---- attention ----
@@ -838,10 +854,9 @@ function show_product() {
   Object.assign($("key"), { min: first + 1, max: seen, value: inside.key + 1 });
   const dot = (k) => query.reduce((sum, q, d) => sum + q * k[d], 0);
   const D = query.length;
-  const cells = (...texts) => make("tr", "", ...texts.map((cell) => make("td", "", cell)));
-  $("products").tBodies[0].replaceChildren(
-    ...Array.from(query, (q, d) => cells(String(d + 1), q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4))),
-  );
+  const rows = Array.from(query, (q, d) => [d + 1, q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4)]);
+  const heads = ["channel", "query", "key", "product"];
+  $("products").replaceChildren(table("The products, channel by channel", heads, rows));
   const score = dot(key) / Math.sqrt(D);
   const total = keys.reduce((sum, k) => sum + Math.exp(dot(k) / Math.sqrt(D)), 0);
   $("weight").textContent =
