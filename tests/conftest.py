@@ -59,6 +59,19 @@ class Result(NamedTuple):
     err: str
 
 
+def assert_error(result: Result, status: int, *words: str) -> None:
+    """One or two lines at the end of standard error say what is wrong."""
+    assert "Traceback" not in result.err, result.err
+    assert result.status == status, result.err
+    lines = result.err.splitlines()
+    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
+    assert first is not None, result.err
+    assert len(lines) - first <= 2, result.err
+    message = "\n".join(lines[first:])
+    for word in words:
+        assert word in message
+
+
 @pytest.fixture(autouse=True, scope="session")
 def alone(tmp_path_factory):
     """No user's folder is touched, no host is asked, and no two threads fight over tiny matrices."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from conftest import assert_error
 from lightning import Callback
 
 import chargpt
@@ -112,19 +113,6 @@ def read(path: Path) -> dict:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def assert_error(result, status: int, *words: str) -> None:
-    """One or two lines at the end of standard error say what is wrong."""
-    assert "Traceback" not in result.err, result.err
-    assert result.status == status, result.err
-    lines = result.err.splitlines()
-    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
-    assert first is not None, result.err
-    assert len(lines) - first <= 2, result.err
-    message = "\n".join(lines[first:])
-    for word in words:
-        assert word in message
 
 
 # ---- a run and other texts ----

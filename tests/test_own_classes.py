@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from conftest import assert_error
 from lightning import Callback
 
 import chargpt
@@ -121,19 +122,6 @@ def read(path: Path) -> dict:
 
 def step(folder: Path) -> int:
     return read(folder / LAST)["global_step"]
-
-
-def assert_error(result, status: int, *words: str) -> None:
-    """One or two lines at the end of standard error say what is wrong."""
-    assert "Traceback" not in result.err, result.err
-    assert result.status == status, result.err
-    lines = result.err.splitlines()
-    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
-    assert first is not None, result.err
-    assert len(lines) - first <= 2, result.err
-    message = "\n".join(lines[first:])
-    for word in words:
-        assert word in message
 
 
 # ---- classes that a file or a flag names ----
