@@ -155,7 +155,7 @@ def bad_flag(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
     flag = random.choice(list(FLAGS[command])).lstrip("-")
     i = random.randrange(1, len(flag))
-    misspelt = random.choice(
+    misspelled = random.choice(
         [
             flag[:i] + flag[i + 1 :] + "q",
             flag + strange(random),
@@ -165,7 +165,7 @@ def bad_flag(random: random.Random) -> list[str]:
         ]
     )
     form = random.choice(
-        [[f"--{misspelt}=1"], [f"--{misspelt}", "1"], [f"--{misspelt}"], [misspelt]]
+        [[f"--{misspelled}=1"], [f"--{misspelled}", "1"], [f"--{misspelled}"], [misspelled]]
     )
     return [*base_command(random, command), *form]
 

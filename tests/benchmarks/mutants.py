@@ -121,8 +121,7 @@ def main() -> None:
             sites = sorted(mutations(code).items())
             rng = random.Random(f"{args.seed} {file}")
             sampled = [
-                rng.choice(choices)
-                for _, choices in rng.sample(sites, min(args.each, len(sites)))
+                rng.choice(choices) for _, choices in rng.sample(sites, min(args.each, len(sites)))
             ]
             killed = 0
             for name, occurrence in sampled:
