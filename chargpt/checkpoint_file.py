@@ -69,20 +69,16 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
 
 
 def check_values(root: Any, max_values: float = math.inf, max_bytes: float = math.inf) -> None:
-    """Check every value. Shared ones count each time, so nested sharing cannot grow without end.
+    """Raise a UserError if a value is not plain, or if they are too many, too large or too deep.
 
-    Raises:
-        UserError: a tensor is not dense and contiguous, or the values are nested too deeply, too
-            many, or larger together than `max_bytes`.
+    Shared values count each time, so nested sharing cannot grow without end.
     """
     stack = [(root, 0)]
     while stack:
         value, depth = stack.pop()
         children: list[Any] = []
-        if isinstance(value, dict):
-            children = [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple)):
-            children = list(value)
+        if isinstance(value, (dict, list, tuple)):
+            children = list(value) + (list(value.values()) if isinstance(value, dict) else [])
         elif isinstance(value, Tensor):
             max_bytes -= max(value.nbytes, value.untyped_storage().nbytes())
             if not value.is_contiguous() or value.is_quantized or value.requires_grad:
@@ -96,11 +92,7 @@ def check_values(root: Any, max_values: float = math.inf, max_bytes: float = mat
 
 
 def check_weights(weights: dict[str, Any], source: str | Path) -> None:
-    """Check that all weights are tensors of finite numbers of one floating-point type.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise a UserError unless all are tensors of finite numbers of one floating-point type."""
     for name, weight in weights.items():
         check_finite(weight, f"{source}: the weight {name}")
     if len({weight.dtype for weight in weights.values()}) > 1:
@@ -108,27 +100,24 @@ def check_weights(weights: dict[str, Any], source: str | Path) -> None:
 
 
 def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> None:
-    """Check that saved state fits the parameters: fused AdamW crashes on tensors of other shapes.
+    """Raise a UserError unless saved state fits the parameters: fused AdamW crashes otherwise.
 
     Args:
-        state: what the `state_dict` of an optimizer returned, whose only scalar is `step`.
+        state: an optimizer's `state_dict`: finite tensors of their parameter's shape, and `step`s.
         groups: the parameters of the optimizer now, by group; saved ones correspond by position.
-
-    Raises:
-        UserError: a value is not a finite tensor of its parameter's shape.
     """
     try:
         saved = [list(group["params"]) for group in state["param_groups"]]
-        values = {id: dict(value) for id, value in state["state"].items()}
-        ids = dict.fromkeys(id for group in saved for id in group)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UserError("the optimizer state in the checkpoint is damaged") from error
-    parameters = [parameter for group in groups for parameter in group]
-    sizes = [len(group) for group in groups]
-    if [len(group) for group in saved] != sizes or len(ids) < sum(sizes) or values.keys() - ids:
-        raise UserError("the optimizer state in the checkpoint belongs to other parameters")
-    for id, parameter in zip(ids, parameters):
-        for name, value in values.get(id, {}).items():
+        ids = [id for group in saved for id in group]
+        fits = [len(group) for group in saved] == [len(group) for group in groups]
+        fits = fits and len(set(ids)) == len(ids) and state["state"].keys() <= set(ids)
+        values = [dict(state["state"].get(id, {})) for id in ids]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError("the optimizer state in the checkpoint is damaged or of other parameters")
+    for parameter, entries in zip((p for group in groups for p in group), values):
+        for name, value in entries.items():
             check_finite(value, f"the optimizer's {name}")
             shape = [] if name == "step" else list(parameter.shape)
             if list(value.shape) != shape:

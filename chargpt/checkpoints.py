@@ -6,7 +6,7 @@ lightning_logs/version_3/checkpoints/last.ckpt    after each validation, at the 
 
 import math
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,9 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
                 "does not support\nread it with the version that wrote it"
             )
     config = GPTConfig(**{name: settings[name] for name in names})
+    # A run that ended while its contexts were short has not learned to use longer ones.
+    context = checkpoint["chargpt"].get("context", config.block_size)
+    config = replace(config, block_size=context)
     if re.search("[\ud800-\udfff]", checkpoint["vocabulary"]):
         raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
     vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -134,6 +137,8 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
         if str(name).startswith("gpt.")
     }
     check_weights(weights, path)
+    if "position_embedding.weight" in weights:
+        weights["position_embedding.weight"] = weights["position_embedding.weight"][:context]
     if config.n_layer > len(weights):  # before any memory is allocated for so many
         raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:

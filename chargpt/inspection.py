@@ -1,17 +1,18 @@
-"""Attention weights and the residual stream of each block, recorded while a network runs.
+"""Attention and the residual stream of each block, recorded while a network runs, and a logit lens.
 
     model = chargpt.load()
     ids = torch.tensor([model.encode("ROMEO:")])
     with inspect(model.gpt) as layers:
         model.gpt(ids)
     layers[0].attention[0, 1]    # layer 0, head 1: each row has the weights of one position
+    logit_lens(model.gpt, layers)[1, 0, -1]    # the logits of the next character after one block
 
 The network's fused attention kernel never stores the weights; here they are computed once more
 in forward hooks, so nothing costs anything outside of the `with` statement.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ class Layer(NamedTuple):
 
     attention: Tensor  # (B, H, T, S) attention weights; each row sums to 1
     residual: Tensor  # (B, T, C) the residual stream after the block
+    input: Tensor  # (B, T, C) the residual stream before the block
+    queries: Tensor  # (B, H, T, D), rotated if positions are rotary
+    keys: Tensor  # (B, H, S, D), rotated likewise
 
 
 @contextmanager
@@ -41,13 +45,14 @@ def inspect(gpt: GPT) -> Iterator[list[Layer]]:
         gpt: the network, called as a module inside of the `with` statement.
     """
     layers: list[Layer] = []
-    weights: list[Tensor] = []
+    recorded: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def after_attention(module: MultiHeadAttention, args: tuple, output: Tensor) -> None:
-        weights.append(attention_weights(module, *args))
+        recorded.append(attention_weights(module, *args))
 
     def after_block(module: Block, args: tuple, output: Tensor) -> None:
-        layers.append(Layer(weights.pop(), output.detach()))
+        weights, q, k = recorded.pop()
+        layers.append(Layer(weights, output.detach(), args[0].detach(), q, k))
 
     hooks = [
         block.get_submodule("attention").register_forward_hook(after_attention)
@@ -68,8 +73,8 @@ def attention_weights(
     angles: Tensor | None = None,
     mask: Tensor | None = None,
     cache: LayerCache | None = None,
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) with the causal mask, (B, H, T, S), for the input of attention."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights softmax(q k^T / sqrt(D)), (B, H, T, S), queries and keys, for the input x."""
     q, k, _ = attention.query_key_value(x, angles)
     if cache is not None:
         k = cache.keys.to(q.dtype)  # attention has stored the new ones
@@ -77,4 +82,19 @@ def attention_weights(
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1), q, k
+
+
+@torch.no_grad()
+def logit_lens(gpt: GPT, layers: Sequence[Layer]) -> Tensor:
+    """Logits after the embeddings and after each block, (n_layer + 1, B, T, V): a logit lens.
+
+    The final norm and the head are applied to the residual stream of each stage, as the network
+    applies them to the last ("interpreting GPT: the logit lens", nostalgebraist 2020).
+
+    Args:
+        gpt: the network.
+        layers: what `inspect` recorded in one forward pass.
+    """
+    stages = [layers[0].input, *(layer.residual for layer in layers)]
+    return torch.stack([gpt.head(gpt.norm(x)) for x in stages])

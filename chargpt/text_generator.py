@@ -17,14 +17,6 @@ from chargpt.vocabulary import Vocabulary
 MAX_ROWS = 64  # texts in one batch: at the base size their KV cache takes 300 MB
 
 
-class TextChunk(NamedTuple):
-    """New characters of one text; the last chunk of each text is marked, and may be empty."""
-
-    row: int  # prompt * num_samples + sample
-    text: str
-    last: bool
-
-
 class Score(NamedTuple):
     """The cross-entropy of a text."""
 
@@ -63,7 +55,7 @@ class TextGenerator(nn.Module):
         A chunk is one character, or several where the first ones might have started a stop string.
         """
         chunks = self.write([prompt], GenerationConfig(**settings))
-        return (chunk.text for chunk in chunks if chunk.text)
+        return (text for _, text, _ in chunks if text)
 
     def complete_all(
         self, prompts: Sequence[str], num_samples: int = 1, **settings: Any
@@ -71,14 +63,18 @@ class TextGenerator(nn.Module):
         """`num_samples` texts for each prompt, in batches; the first is that of `complete`."""
         prompts = [prompt or self.opening for prompt in prompts]
         texts = [prompt for prompt in prompts for _ in range(num_samples)]
-        for chunk in self.write(prompts, GenerationConfig(**settings), num_samples):
-            texts[chunk.row] += chunk.text
+        for row, text, _ in self.write(prompts, GenerationConfig(**settings), num_samples):
+            texts[row] += text
         return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
     def write(
         self, prompts: Sequence[str], config: GenerationConfig, num_samples: int = 1
-    ) -> Iterator[TextChunk]:
-        """The continuations of several prompts, in chunks; invalid arguments raise at once."""
+    ) -> Iterator[tuple[int, str, bool]]:
+        """The continuations of several prompts, in chunks; invalid arguments raise at once.
+
+        A chunk is the index of its text (prompt * num_samples + sample), new characters, and
+        whether it is the last of this text, which may be empty.
+        """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be at least 1")
         rows = [row for row in map(self.encode, prompts) for _ in range(num_samples)]
@@ -87,7 +83,7 @@ class TextGenerator(nn.Module):
         characters = self.vocabulary.characters
         batches = (slice(start, start + MAX_ROWS) for start in range(0, len(rows), MAX_ROWS))
         return (
-            TextChunk(batch.start + row, "".join([characters[id] for id in ids]), last)
+            (batch.start + row, "".join([characters[id] for id in ids]), last)
             for batch in batches
             for step in generate(self.gpt, rows[batch], config, samples[batch], stops)
             for row, ids, last in step

@@ -80,10 +80,9 @@ class Vocabulary:
             return ""
         if ids.dtype.kind not in "iu" or ids.ndim > 1:
             raise TypeError(f"ids must be integers in one dimension, not {ids.dtype} {ids.shape}")
-        outside = np.flatnonzero((ids < 0) | (ids >= len(self)))
-        if outside.size:
-            wrong = f"id {ids.flat[outside[0]]} at position {outside[0]}"
-            raise UserError(f"{wrong} is outside the vocabulary of {len(self):,} characters")
+        for id in (ids.min(), ids.max()):
+            if not 0 <= id < len(self):
+                raise UserError(f"id {id} is outside the vocabulary of {len(self):,} characters")
         return self._codes[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
     def _describe_unknown(self, text: str) -> str:

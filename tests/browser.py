@@ -35,6 +35,7 @@ class Page:
         self.driver = driver
 
     def open(self, path: Path) -> None:
+        self.driver.get("about:blank")  # a new history entry, without the form's saved values
         self.driver.get(path.as_uri())
         self.wait("!document.getElementById('write').disabled")
 

@@ -86,8 +86,6 @@ def isolated(tmp_path_factory):
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
         patch.setenv("CHARGPT_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(display, "SAMPLE_CHARS", 20)
         torch.set_num_threads(1)
         yield

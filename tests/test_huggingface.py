@@ -43,9 +43,16 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def transformers():
+def transformers(tmp_path_factory):
     pytest.importorskip("tokenizers", reason="tokenizers are not installed")
-    return pytest.importorskip("transformers", reason="transformers are not installed")
+    library = pytest.importorskip("transformers", reason="transformers are not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        # Where it copies code to; the environment variable is read when Lightning is imported.
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", [*sys.path])
+        yield library
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +173,15 @@ def exported(transformers, tmp_path_factory, request):
     return generator, folder, *load(transformers, folder)
 
 
-def test_the_code_is_that_of_the_model_unchanged(exported):
+def test_the_code_is_that_of_the_model_unchanged(transformers, exported):
+    get_relative_imports = transformers.dynamic_module_utils.get_relative_imports
     folder = exported[1]
     for file in (PACKAGE / "model").glob("[!_]*.py"):
         assert (folder / file.name).read_bytes() == file.read_bytes()
     assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
+    # Transformers before 5.1 copy only the files that this one imports.
+    imported = get_relative_imports(folder / "modeling_chargpt.py")
+    assert {f"{name}.py" for name in imported} == CODE - {"modeling_chargpt.py"}
 
 
 def test_code_is_not_run_without_permission(transformers, exported):
@@ -288,6 +299,7 @@ def test_a_pipeline_generates_with_default_settings(transformers, tmp_path, swit
 RMS_NORM = """
 import sys, torch, chargpt
 from pathlib import Path
+sys.modules["transformers"] = None  # the test loads the folder
 from chargpt.export.huggingface import export
 from chargpt.model import GPT, GPTConfig
 
@@ -296,7 +308,7 @@ for parameter in gpt.parameters():
     parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
 generator = chargpt.TextGenerator(gpt, chargpt.Vocabulary("abcdefghijk"))
 empty = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, "global_step": 0, "chargpt": {}}
-assert "with its own code" in export(generator, empty, Path("folder"), "")
+assert "with its own code" in export(generator, empty, Path("rms"), "")
 ids = torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(2))
 torch.save((ids, gpt(ids).detach()), "logits.pt")
 """
@@ -314,7 +326,7 @@ def test_a_norm_and_an_activation_added_to_the_model_are_exported(transformers, 
     environment = {**os.environ, "PYTHONPATH": str(copy.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", RMS_NORM], cwd=tmp_path, env=environment, check=True)
     ids, expected = torch.load(tmp_path / "logits.pt", weights_only=True)
-    hf_model, _ = load(transformers, tmp_path / "folder")
+    hf_model, _ = load(transformers, tmp_path / "rms")
     with torch.no_grad():
         torch.testing.assert_close(hf_model(ids).logits, expected, rtol=0, atol=1e-4)
 

@@ -1,11 +1,13 @@
 """The recorded attention weights reproduce the outputs of the attention layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_model import SWITCHES, random_gpt, random_ids
 
-from chargpt.inspection import inspect
-from chargpt.model import KVCache
+from chargpt.inspection import inspect, logit_lens
+from chargpt.model import GPT, KVCache
 
 
 def outputs(gpt, run):
@@ -37,7 +39,18 @@ def test_attention_weights_times_values_give_the_output_of_attention(switches):
         torch.testing.assert_close(layer.attention.sum(-1), torch.ones(2, 3, 12))
         y = (layer.attention @ v).transpose(1, 2).flatten(2)
         torch.testing.assert_close(block.attention.projection(y), output, rtol=0, atol=1e-4)
-    torch.testing.assert_close(gpt.head(gpt.norm(layers[-1].residual)), logits)
+        scores = layer.queries @ layer.keys.mT / layer.keys.size(-1) ** 0.5
+        masked = scores + torch.full((12, 12), -torch.inf).triu(1)
+        torch.testing.assert_close(masked.softmax(-1), layer.attention, rtol=0, atol=1e-5)
+    for layer, after in zip(layers, layers[1:]):
+        assert torch.equal(layer.residual, after.input)
+    lens = logit_lens(gpt, layers)
+    assert lens.shape == (len(layers) + 1, *logits.shape)
+    torch.testing.assert_close(lens[-1], logits)
+    without_blocks = GPT(replace(gpt.config, n_layer=1), logits.size(-1))
+    without_blocks.load_state_dict(gpt.state_dict(), strict=False)
+    without_blocks.blocks = torch.nn.ModuleList()
+    torch.testing.assert_close(lens[0], without_blocks(ids))
     assert torch.equal(gpt(ids), logits)  # no hook remains
 
 

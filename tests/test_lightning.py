@@ -166,14 +166,6 @@ def test_callbacks_by_flag(folder, command, name):
     assert command(folder, "predict", "--generate.max_new_chars=3").status == 0
 
 
-def test_the_progress_bar_of_a_resumed_run_has_its_step_and_its_limit(folder, command):
-    assert command(folder, "fit", "--config=tiny.yaml").status == 0
-    result = command(folder, "fit", "--ckpt_path=last", "--trainer.max_steps=12")
-    assert result.status == 0, result.err
-    assert "| 8/12 [" in result.err and "| 12/12 [" in result.err
-    assert "train_loss=" in result.err and "v_num" not in result.err
-
-
 def test_a_callback_without_its_package_is_refused(folder, command, monkeypatch):
     from lightning.pytorch.accelerators import cpu
 

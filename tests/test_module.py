@@ -74,6 +74,92 @@ def test_validation_loss_is_the_mean_over_all_characters_but_the_first(trained, 
     assert scores["val_bpc"] == pytest.approx(sum(losses) / 152 / math.log(2), abs=1e-6)
 
 
+SHORT = [dict(position="rotary"), dict(position="learned")]
+
+
+@pytest.mark.parametrize("model", SHORT, ids=str)
+def test_validation_in_a_run_uses_the_context_in_use_and_validate_the_whole(tmp_path, model):
+    """Against a loop over the characters. 153 of them: no multiple of 8, nor the rest of 4."""
+    model = model | dict(short_contexts={4: 1.0})
+    data = make_data(tmp_path, val_fraction=0.0765)
+    trainer, module = make_trainer(tmp_path), make_module(**model)
+    trainer.fit(module, data)
+    in_fit = trainer.callback_metrics["val_loss"].item()
+    (scores,) = make_trainer(tmp_path).validate(
+        module, data, ckpt_path=last(tmp_path), verbose=False
+    )
+    tokens = torch.from_numpy(data.val_tokens.astype("int64"))
+    module.eval()
+    for loss, context in ((in_fit, 4), (scores["val_loss"], 8)):
+        losses = []
+        with torch.no_grad():
+            for i in range(1, len(tokens)):
+                start = (i - 1) // context * context
+                logits = module.gpt(tokens[None, start:i])[0, -1]
+                losses.append(F.cross_entropy(logits.double(), tokens[i]).item())
+        assert loss == pytest.approx(sum(losses) / 152, abs=1e-6)
+    assert in_fit != pytest.approx(scores["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("model", SHORT, ids=str)
+def test_a_run_that_ended_on_short_contexts_generates_with_no_more(tmp_path, model):
+    _, module, _ = train(tmp_path, model=model | dict(short_contexts={4: 0.9}), max_steps=8)
+    checkpoint = read_checkpoint(last(tmp_path))
+    assert checkpoint["chargpt"]["context"] == 4
+    gpt, _ = build_network(checkpoint, "last")
+    assert gpt.config.block_size == 4
+    ids = torch.arange(4)[None]
+    assert torch.equal(gpt.eval()(ids), module.gpt.eval()(ids))
+    with pytest.raises(UserError, match="block_size is 4"):
+        gpt(torch.arange(5)[None])
+    assert checkpoint["hyper_parameters"]["block_size"] == 8  # resuming trains on whole ones
+    watch, _, _ = train(
+        tmp_path,
+        model=model | dict(short_contexts={4: 0.5}),
+        max_steps=10,
+        ckpt_path=last(tmp_path),
+    )
+    assert watch.contexts == [8, 8]
+    assert build_network(read_checkpoint(last(tmp_path)), "last")[0].config.block_size == 8
+
+
+class Losses(GPTModule):
+    """Its validation losses are given."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", torch.tensor(self.losses.pop(0), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("killed_at", [None, 6, 10])
+def test_the_best_score_is_that_of_the_longest_context(tmp_path, killed_at):
+    """Also in a run that is killed and resumed: it is read from best.ckpt."""
+    losses = [1.0, 3.0, 2.5, 2.75]  # after step 4 of context 4, after 8, 12 and 16 of context 8
+    best = tmp_path / "checkpoints" / "best.ckpt"
+
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.global_step == killed_at:
+                raise RuntimeError("killed")
+
+    def fit(*callbacks, **arguments):
+        module = Losses(**make_module(short_contexts={4: 0.3}).hparams)
+        module.losses = losses
+        make_trainer(tmp_path, *callbacks, max_steps=16).fit(
+            module, make_data(tmp_path), **arguments
+        )
+
+    if killed_at:
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(Killed())
+        step, loss = {6: (4, 1.0), 10: (8, 3.0)}[killed_at]
+        assert read_checkpoint(best)["chargpt"]["val_loss"] == loss
+        assert read_checkpoint(best)["global_step"] == step
+    fit(**dict(ckpt_path=last(tmp_path)) if killed_at else {})
+    found = read_checkpoint(best)
+    assert (found["global_step"], found["chargpt"]["val_loss"]) == (12, 2.5)
+    assert found["chargpt"]["context"] == 8
+
+
 def test_the_test_split_is_scored_like_the_validation_split(trained):
     folder, module = trained
     as_test = make_data(folder, val_fraction=0.1, test_fraction=0.1)

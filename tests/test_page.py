@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import threading
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from chargpt.export import page
 from chargpt.export.page import KNOWN, as_script_data, check_known, export, figures
 from chargpt.generation import GenerationConfig, sample, uniform
-from chargpt.inspection import inspect
+from chargpt.inspection import inspect, logit_lens
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import ACTIVATIONS, NORMS
 from chargpt.text_generator import TextGenerator
@@ -100,7 +101,7 @@ def test_the_file_is_hardly_larger_than_its_weights(tmp_path, dtype):
     size = sum(parameter.numel() for parameter in generator.parameters()) * (
         2 if dtype == "float16" else 4
     )
-    assert path.stat().st_size < 1.4 * size + 60_000
+    assert path.stat().st_size < 4 / 3 * size + 100_000
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -152,18 +153,27 @@ def test_the_content_security_policy_allows_only_the_pages_own_scripts(usual):
 # ---- refusals ----
 
 
-def test_every_network_setting_and_choice_is_supported():
-    assert set(KNOWN) == {field.name for field in fields(GPTConfig)}
-    assert set(KNOWN["activation"]) == set(ACTIVATIONS) and set(KNOWN["norm"]) == set(NORMS)
+def test_known_settings_and_choices_exist():
+    assert set(KNOWN) <= {field.name for field in fields(GPTConfig)}
+    assert set(KNOWN["activation"]) <= set(ACTIVATIONS) and set(KNOWN["norm"]) <= set(NORMS)
 
 
-def test_an_unsupported_setting_is_refused(tmp_path):
+def test_an_unsupported_setting_is_refused_unless_it_is_at_its_default(tmp_path):
     @dataclass(frozen=True)
     class Newer(GPTConfig):
-        sliding: int = 3
+        sliding: int = 0
+        experts: list[int] = field(default_factory=list)
 
+    sizes = dict(block_size=20, n_embd=16, n_head=2, n_layer=2)
     generator = make_generator()
-    generator.gpt.config = Newer(block_size=20, n_embd=16, n_head=2, n_layer=2)
+    generator.gpt.config = Newer(**sizes)
+    config = json.loads(parts(make_page(tmp_path, generator))["data"])["config"]
+    assert set(config) == set(KNOWN)
+    (tmp_path / "page.html").unlink()
+    generator.gpt.config = Newer(**sizes, experts=[2])
+    with pytest.raises(UserError, match=r"does not support the setting experts \(\[2\]\)"):
+        check_known(generator.gpt)
+    generator.gpt.config = Newer(**sizes, sliding=3)
     with pytest.raises(UserError, match=r"does not support the setting sliding \(3\)"):
         export(generator, CHECKPOINT, tmp_path / "page.html", "float16")
     assert not list(tmp_path.iterdir())
@@ -345,7 +355,7 @@ SERVE = """
   }
   for (const message of messages) for (const key in message)
     if (ArrayBuffer.isView(message[key])) message[key] = Array.from(message[key]);
-  return messages;
+  return JSON.parse(JSON.stringify(messages, (_, value) => (ArrayBuffer.isView(value) ? Array.from(value) : value)));
 })()
 """
 
@@ -366,6 +376,40 @@ def test_losses_of_a_scored_text_match_python(tmp_path, switches):
     assert messages[-1]["type"] == "ended" and not messages[-1]["stopped"]
 
 
+def inspected(gpt: GPT, ids: list[int], layer: int, head: int | None) -> dict[str, torch.Tensor]:
+    """What Python finds at the last of these ids, under the names of the page's `trace`."""
+    with inspect(gpt) as layers, torch.no_grad():
+        gpt(torch.tensor([ids]))
+    last = [record.residual[0, -1] for record in layers]
+    found = {"embeddings": layers[0].input[0, -1], "lens": logit_lens(gpt, layers)[:, 0, -1]}
+    found["residuals"] = torch.stack(last)
+    found["maps"] = layers[layer].attention[0, :, -64:, -64:]
+    if head is not None:
+        found["query"] = layers[layer].queries[0, head, -1]
+        found["keys"] = layers[layer].keys[0, head]
+    return found
+
+
+def compare_traces(trace: dict, expected: dict[str, torch.Tensor], position: int) -> None:
+    found = dict(trace, residuals=[block["residual"] for block in trace["blocks"]])
+    if trace["pair"]:
+        found |= trace["pair"]
+    if trace["maps"]:
+        # The maps may reach beyond the selected position: compare the rows up to it.
+        n = trace["maps"]["n"]
+        maps = torch.tensor(trace["maps"]["weights"]).view(-1, n, n)
+        shown = position - trace["maps"]["from"]
+        found["maps"], size = maps[:, :shown, :shown], expected["maps"].size(-1)
+        assert maps.triu(1).abs().max() == 0
+        assert shown <= size
+        expected = dict(expected, maps=expected["maps"][:, size - shown :, size - shown :])
+    else:
+        expected = {name: value for name, value in expected.items() if name != "maps"}
+    for name, value in expected.items():
+        numbers = torch.as_tensor(found[name], dtype=torch.float32)
+        torch.testing.assert_close(numbers, value, rtol=0, atol=1e-4)
+
+
 @needs_node
 @pytest.mark.parametrize("most", [2**28, 1])  # caches are stored, or recomputed
 @pytest.mark.parametrize("switches", ["learned", "rotary", "odd"])
@@ -377,9 +421,9 @@ def test_inspection_shows_the_logits_and_attention_of_generation(tmp_path, switc
     text = generator.complete(prompt, max_new_chars=40, seed=3)
     ids = generator.encode(text)
     looks = [
-        dict(type="look", job=position, position=position, layer=1, head=head)
+        dict(type="look", job=position, position=position, layer=1, head=head, until=until)
         for position in [70, *range(1, len(ids) + 1)]
-        for head in (None, 1)
+        for head, until in ((None, None), (1, position + 5))
         if position <= len(ids)
     ]
     path = make_page(tmp_path, generator)
@@ -405,6 +449,8 @@ def test_inspection_shows_the_logits_and_attention_of_generation(tmp_path, switc
         )
         with inspect(generator.gpt) as layers, torch.no_grad():
             logits = generator.gpt(torch.tensor([ids[first:position]]))[0, -1]
+        expected = inspected(generator.gpt, ids[first:position], layer=1, head=look["head"])
+        compare_traces(message["trace"], expected, position)
         weights = layers[1].attention[0, :, -1]
         weights = weights.mean(0) if look["head"] is None else weights[1]
         torch.testing.assert_close(torch.tensor(message["logits"]), logits, rtol=0, atol=1e-4)
@@ -517,6 +563,33 @@ def test_the_page_cannot_load_anything(opened):
     assert asked == []
 
 
+def test_the_page_writes_at_once_and_a_reload_keeps_the_form(chrome, usual):
+    path, generator = usual
+    chrome.open(path)
+    settings = dict(max_new_chars=500, temperature=0.8, seed=0)
+    assert chrome.element("#prompt").get_property("value") == "a"  # the first known candidate
+    assert chrome.js("text.characters.join('')") == generator.complete("a", **settings)
+    assert chrome.text("#status").startswith("Done. 500 characters generated")
+    assert chrome.js("document.querySelector('main').hidden") is False
+    chrome.write("a bad face", max_new_chars=40, seed=7)
+    chrome.driver.refresh()
+    chrome.wait("document.readyState === 'complete' && text.ended && text.characters.length")
+    assert chrome.js("text.characters.join('')") == generator.complete(
+        "a bad face", max_new_chars=40, seed=7
+    )
+
+
+def test_the_first_character_can_be_selected(opened):
+    opened.write("abba", max_new_chars=10, seed=2)
+    opened.js("text.spans[0]").click()
+    assert opened.js("inside.position") == 0
+    assert opened.element("#position").get_property("value") == "1"
+    assert opened.text("#seen").startswith("The network does not predict the first character")
+    assert not opened.element("#guesses").is_displayed()
+    opened.click("#close")
+    assert opened.js("inside.position") is None and opened.text("#seen") == ""
+
+
 def test_a_click_shows_probabilities_that_follow_the_sliders(opened, usual):
     generator = usual[1]
     text = opened.write("abba", temperature=1, max_new_chars=10, seed=2)
@@ -531,7 +604,7 @@ def test_a_click_shows_probabilities_that_follow_the_sliders(opened, usual):
     )
     actual = generator.encode(text[7])[0]
     assert f"{-probabilities[actual].log2():.2f} bits" in opened.text("#seen")
-    assert opened.element("#position").get_property("value") == "7"
+    assert opened.element("#position").get_property("value") == "8"  # counted from 1
     opened.fill("#top_k", 1)
     assert opened.text("#bars li:first-child .percent") == "100 %"
     assert opened.text("#bars li:nth-child(2) .percent") == "0 %"
@@ -540,11 +613,213 @@ def test_a_click_shows_probabilities_that_follow_the_sliders(opened, usual):
     assert opened.text("#bars li:first-child .percent") == "100 %"
 
 
+TRACE = "JSON.parse(JSON.stringify(inside.trace, (_, v) => (ArrayBuffer.isView(v) ? Array.from(v) : v)))"
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_lens_maps_and_query_times_key_match_inspect(chrome, tmp_path, switches):
+    generator = make_generator(**switches)
+    gpt, characters = generator.gpt, generator.vocabulary.characters
+    chrome.problems()
+    chrome.open(make_page(tmp_path, generator))
+    text = chrome.write("a bad café face", temperature=1, max_new_chars=160, seed=4)
+    ids = generator.encode(text)
+    layer, head = 1, gpt.config.n_head - 1
+    chrome.click("#diagram li:nth-child(6) button")
+    assert chrome.text("#stage") == "Attention 2"
+    chrome.js(f"choose_head({head})")
+    for position in (9, 90, 130, len(ids)):
+        chrome.js(f"select({position})")
+        chrome.wait(f"inside.seen === {position} && inside.trace?.pair")
+        first, trace = chrome.js("inside.first"), chrome.js(TRACE)
+        expected = inspected(gpt, ids[first:position], layer, head)
+        compare_traces(trace, expected, position)
+        # the diagram shows the guesses and shapes, and the sentence the weight
+        T = position - first
+        probabilities = expected["lens"].softmax(-1)
+        rows = chrome.js("STAGES.map((stage) => stage.cells.map((cell) => cell.textContent))")
+        assert rows[0][1] == f"({T})" and rows[2][1] == f"({gpt.config.n_head}, {T}, {T})"
+        for stage, row in enumerate((1, 4, 7)):
+            assert rows[row][1] == f"({T}, {gpt.config.n_embd})"
+            shown, share = rows[row][2].split("  ")
+            best = probabilities[stage].max()
+            assert characters[probabilities[stage].argmax()] == {"␣": " ", "↵": "\n"}.get(
+                shown, shown
+            )
+            assert math.isclose(float(share.strip(" %<")), 100 * best, abs_tol=0.51)
+            if position < len(ids):
+                bits = -probabilities[stage, ids[position]].log2().item()
+                assert math.isclose(float(rows[row][3]), bits, abs_tol=0.006)
+        for key in {first, position - 1}:
+            chrome.fill("#key", key + 1)
+            chrome.js("document.getElementById('key').dispatchEvent(new Event('change'))")
+            with inspect(gpt) as layers, torch.no_grad():
+                gpt(torch.tensor([ids[first:position]]))
+            weight = layers[layer].attention[0, head, -1, key - first].item()
+            shown = re.search(r"the weight is ([\d.]+)\.$", chrome.text("#weight"))[1]
+            assert math.isclose(float(shown), weight, abs_tol=1e-4)
+            products = chrome.js(
+                "[...document.querySelectorAll('#products tbody td:last-child')].map((e) => Number(e.textContent))"
+            )
+            dot = (expected["query"] * expected["keys"][key - first]).sum().item()
+            assert math.isclose(sum(products), dot, abs_tol=1e-4 * len(products))
+    assert chrome.problems() == []
+
+
+def test_a_click_on_a_map_selects_its_row_and_key(opened, usual):
+    text = opened.write("abba", temperature=1, max_new_chars=14, seed=2)
+    opened.js("open_stage('attention 0')")
+    opened.js("select(12)")
+    opened.wait("inside.trace?.maps")
+    assert opened.js("inside.trace.maps.n") == 12
+    opened.js(
+        "document.querySelectorAll('.map div')[1].dispatchEvent(new MouseEvent('click', { bubbles: true, "
+        "...((box) => ({ clientX: box.left + box.width * 2.5 / 12, clientY: box.top + box.height * 6.5 / 12 }))"
+        "(document.querySelectorAll('.map div')[1].getBoundingClientRect()) }))"
+    )
+    opened.wait("inside.seen === 7 && inside.trace?.pair")
+    assert opened.js("[inside.position, inside.key, document.getElementById('head').value]") == [
+        7,
+        2,
+        "1",
+    ]
+    assert opened.js("inside.trace.maps.n") == 12  # the map stays as it was
+    generator = usual[1]
+    with inspect(generator.gpt) as layers, torch.no_grad():
+        generator.gpt(torch.tensor([generator.encode(text[:7])]))
+    weight = layers[0].attention[0, 1, -1, 2].item()
+    assert opened.text("#weight").endswith(f"the weight is {weight:.4f}.")
+
+
+def test_every_stage_opens_its_numbers(chrome, tmp_path):
+    """For a network with all kinds of embeddings, by keyboard, before and after a selection."""
+    from selenium.webdriver.common.keys import Keys
+
+    generator = make_generator(ngrams={2: 11, 5: 37})
+    chrome.problems()
+    chrome.open(make_page(tmp_path, generator))
+    text = chrome.write("abba", temperature=1, max_new_chars=12, seed=2)
+    stages = chrome.js("STAGES.map(({ id }) => id)")
+    assert len(stages) == 3 * 2 + 4
+    for selected in (False, True):
+        if selected:
+            chrome.js("select(9)")
+            chrome.wait("inside.trace")
+        for number, id in enumerate(stages, 1):
+            chrome.element(f"#diagram li:nth-child({number}) button").send_keys(Keys.ENTER)
+            assert chrome.js("inside.stage") == id
+            assert len(chrome.text("#explanation")) > 60
+            if id.startswith("attention") and selected:
+                chrome.wait("document.querySelector('#maps canvas')")
+            shown = chrome.element("#details").text
+            assert ("Select a character" in shown) is not selected
+            assert selected <= (len(shown) > len(chrome.text("#explanation")) + 60)
+    chrome.js("open_stage('embeddings')")
+    vectors = chrome.js("[...document.querySelectorAll('figure')].map((e) => e.textContent)")
+    assert [v.split(":")[0] for v in vectors] == [
+        f"Character “{text[8]}”, row {CHARACTERS.index(text[8])}",
+        "Position 8",
+        *(v.split(":")[0] for v in vectors[2:4] if v.startswith("Last")),
+        "Sum",
+    ]
+    parts = chrome.js("inside.trace.parts.map(({ vector }) => Array.from(vector))")
+    chrome.js("document.querySelector('figure:last-of-type details').open = true")
+    with inspect(generator.gpt) as layers, torch.no_grad():
+        generator.gpt(torch.tensor([generator.encode(text[:9])]))
+    torch.testing.assert_close(
+        torch.tensor(parts).sum(0), layers[0].input[0, -1], rtol=0, atol=1e-4
+    )
+    chrome.wait("document.querySelector('figure:last-of-type .numbers').textContent")
+    numbers = chrome.text("figure:last-of-type .numbers").split()
+    found = torch.tensor([float(x) for x in numbers])
+    torch.testing.assert_close(found, layers[0].input[0, -1], rtol=0, atol=1e-4)
+    assert chrome.problems() == []
+
+
+@pytest.mark.parametrize("switches", ["learned", "rotary", "odd"])
+def test_what_if_continues_as_python_does(chrome, tmp_path, switches):
+    generator = make_generator(**SWITCHES[switches])
+    chrome.open(make_page(tmp_path, generator))
+    settings = dict(temperature=1.1, max_new_chars=50, seed=3)
+    before = chrome.write("a face", **settings)
+    chrome.js("select(25)")
+    chrome.wait("inside.seen === 25")
+    with torch.no_grad():
+        first = chrome.js("inside.first")
+        logits = generator.gpt(torch.tensor([generator.encode(before[first:25])]))[0, -1]
+    drawn = float(re.search(r"number drawn is (0\.\d+)", chrome.text("#drawn"))[1])
+    assert math.isclose(drawn, uniform(3, 0, 25), abs_tol=1e-4)
+    cumulative = (logits.double() / 1.1).softmax(-1).cumsum(-1)
+    picked = CHARACTERS.index(before[25])
+    low, high = map(
+        float, re.search(r"\((0\.\d+) to ([01]\.\d+)\)", chrome.text("#drawn")).groups()
+    )
+    assert math.isclose(high, cumulative[picked], abs_tol=1e-4) and low <= drawn <= high + 1e-4
+    marker = chrome.js(
+        "Number(document.querySelector('#cumulative b').style.getPropertyValue('--from'))"
+    )
+    assert math.isclose(marker, drawn, abs_tol=1e-4)
+
+    guess = int(logits.argsort(descending=True)[3])
+    chrome.click("#bars li:nth-child(4) button")
+    assert chrome.js("text.characters[25]") == CHARACTERS[guess]
+    chrome.wait("text.ended && inside.seen === 25")
+    after = "".join(chrome.js("text.characters"))
+    assert after == generator.complete(before[:25] + CHARACTERS[guess], **settings)
+    assert chrome.text("#status").startswith("What if: ")
+    assert "You put this character here" in chrome.text("#drawn")
+    assert chrome.js("document.activeElement.id") == "text"
+    chrome.click("#undo")
+    chrome.wait("text.ended && inside.seen === 25")
+    assert "".join(chrome.js("text.characters")) == before
+    assert not chrome.element("#undo").is_displayed()
+    # sliders that were moved since: the number stays, what it picks changes
+    chrome.fill("#temperature", 0)
+    assert "no number is drawn" in chrome.text("#drawn")
+
+
+def test_what_if_in_a_prompt_at_the_end_and_in_a_scored_text(opened, usual):
+    complete = usual[1].complete
+    text = opened.write("abba face", temperature=0.9, max_new_chars=10, seed=1)
+    for position in (3, 19):
+        opened.js(f"select({position})")
+        opened.wait(f"inside.seen === {position}")
+        assert ("given, not drawn" in opened.text("#drawn")) is (position == 3)
+        picked = opened.js("descending(inside.logits)[1]")
+        opened.click("#bars li:nth-child(2) button")
+        opened.wait("text.ended")
+        expected = text[:position] + CHARACTERS[picked]
+        found = "".join(opened.js("text.characters"))
+        assert found == complete(expected, temperature=0.9, max_new_chars=10, seed=1)
+        opened.click("#undo")
+        opened.wait("text.ended")
+    opened.fill("#prompt", "a bad café")
+    opened.click("#score")
+    opened.wait("text.ended")
+    opened.js("select(4)")
+    opened.wait("inside.seen === 4")
+    opened.click("#bars li:nth-child(1) button")
+    opened.wait("text.ended")
+    assert "".join(opened.js("text.characters"))[:4] == "a ba" and opened.js("text.written")
+    opened.click("#undo")
+    opened.wait("text.ended")
+    assert "".join(opened.js("text.characters")) == "a bad café" and not opened.js("text.written")
+
+
+def test_generation_does_no_work_for_the_panel_unless_a_character_is_selected(opened):
+    opened.js(
+        "(window.asked = [], worker.post = worker.postMessage, worker.postMessage = (m) => (asked.push(m.type), worker.post(m)))"
+    )
+    opened.write("abba", max_new_chars=400, seed=2)
+    assert opened.js("asked") == ["write"]
+
+
 def test_attention_weights_are_shown_as_shading(opened, usual):
     generator = usual[1]
     text = opened.write("abba", temperature=1, max_new_chars=12, seed=2)
     opened.js("select(9)")
     opened.wait("inside.logits")
+    opened.js("open_stage('attention 0')")
     for selector, label in (("#layer", "Layer 2"), ("#head", "Head 1")):
         opened.element(selector).send_keys(label)
     opened.wait("document.querySelector('#looked').textContent.includes('This head')")
@@ -578,12 +853,14 @@ def test_the_page_works_with_the_keyboard_alone(opened):
     from selenium.webdriver.common.keys import Keys
 
     opened.fill("#max_new_chars", 30)
-    opened.element("#prompt").send_keys("abba", Keys.CONTROL, Keys.ENTER)
+    opened.element("#prompt").send_keys(
+        Keys.CONTROL, "a", Keys.NULL, "abba", Keys.CONTROL, Keys.ENTER
+    )
     opened.wait("text.ended")
     text = opened.element("#text")
     text.send_keys(Keys.HOME)
-    assert opened.js("inside.position") == 1
-    text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    assert opened.js("inside.position") == 0
+    text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert opened.js("inside.position") == 2
     text.send_keys(Keys.END, Keys.ARROW_RIGHT)
     assert opened.js("inside.position") == 34
@@ -593,7 +870,7 @@ def test_the_page_works_with_the_keyboard_alone(opened):
     assert opened.js("inside.position") is None
     position = opened.element("#position")
     position.send_keys("3", Keys.TAB)
-    opened.wait("inside.seen === 3")
+    opened.wait("inside.seen === 2")
     stop = opened.js("(document.getElementById('write').focus(), document.activeElement.id)")
     assert stop == "write"
     opened.driver.switch_to.active_element.send_keys(Keys.ENTER)
@@ -620,18 +897,19 @@ def test_errors_are_shown_and_the_field_is_marked_invalid(opened, usual):
         usual[1].vocabulary.encode("abÉ“")
     assert opened.text("#problem") == str(refused.value)
     assert opened.element("#prompt").get_attribute("aria-invalid") == "true"
-    for field, value, message in [
+    for name, value, message in [
         ("seed", "1.5", "whole number"),
         ("max_new_chars", "-1", "at least 0"),
-        ("max_new_chars", "", "whole number"),
+        ("max_new_chars", "", "the length is empty"),
     ]:
         opened.fill("#prompt", "ab")
         opened.fill("#seed", 1)
         opened.fill("#max_new_chars", 5)
-        opened.fill(f"#{field}", value)
+        opened.fill(f"#{name}", value)
         opened.click("#write")
-        assert message in opened.text("#problem")
-        assert opened.element(f"#{field}").get_attribute("aria-invalid") == "true"
+        assert message in opened.text("#problem") and "NaN" not in opened.text("#problem")
+        assert opened.text("#status") == ""  # not the end of the text before
+        assert opened.element(f"#{name}").get_attribute("aria-invalid") == "true"
     opened.fill("#prompt", "a")
     opened.click("#score")
     assert opened.text("#problem") == "scoring needs a text of at least two characters"
@@ -703,23 +981,156 @@ def test_any_vocabulary_is_displayed_as_text(chrome, tmp_path, characters):
     assert chrome.problems() == []
 
 
-def test_phone_layout_fits_and_dark_mode_is_dark(opened):
-    metrics = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
-    opened.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+@contextmanager
+def emulated(page: chromium.Page, phone: bool = False, media: str = "", **features: str):
+    """A phone's size, a medium (print), or media features, such as prefers-color-scheme."""
+    emulate = page.driver.execute_cdp_cmd
+    if phone:
+        metrics = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
+        emulate("Emulation.setDeviceMetricsOverride", metrics)
+    named = [dict(name=name.replace("_", "-"), value=value) for name, value in features.items()]
+    emulate("Emulation.setEmulatedMedia", dict(media=media, features=named))
     try:
+        yield
+    finally:
+        emulate("Emulation.setEmulatedMedia", dict(media="", features=[]))
+        emulate("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_on_a_phone_the_page_fits_and_the_selected_character_is_visible_above_the_panel(opened):
+    with emulated(opened, phone=True):
         opened.driver.refresh()
         opened.wait("!document.getElementById('write').disabled")
-        opened.js("document.getElementById('prompt').value = 'abcdefgh'.repeat(30)")
-        opened.click("#write")
-        opened.wait("text.ended")
-        opened.js("select(8)")
-        opened.wait("inside.logits")
+        opened.write("abcdefgh" * 30, max_new_chars=900, seed=1)
         assert opened.js("document.documentElement.scrollWidth") == 390
-        for scheme, dark in (("light", False), ("dark", True)):
-            media = dict(features=[dict(name="prefers-color-scheme", value=scheme)])
-            opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            color = opened.js("getComputedStyle(document.body).backgroundColor")
-            assert (max(map(int, re.findall(r"\d+", color))) < 60) is dark
-    finally:
-        opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[]))
-        opened.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        at_the_end = "scrollHeight - t.scrollTop - t.clientHeight < 2"
+        opened.wait(f"((t) => t.{at_the_end})(document.getElementById('text'))", 2)
+        for position in (900, 8):
+            opened.js(f"select({position})")
+            opened.wait(f"inside.seen === {position}")
+            span, panel = opened.js(
+                "[text.spans[arguments[0]], document.querySelector('aside')].map((e) => e.getBoundingClientRect().toJSON())",
+                position,
+            )
+            assert span["top"] >= 0 and span["bottom"] <= panel["top"] < 844 - 200
+            assert panel["bottom"] <= 844
+        assert opened.js("document.documentElement.scrollWidth") == 390
+
+
+def test_the_whole_text_is_printed(opened):
+    opened.write("abba", max_new_chars=3000, seed=1)
+    with emulated(opened, media="print"):
+        hidden = "((t) => t.scrollHeight - t.clientHeight)(document.getElementById('text'))"
+        assert opened.js(hidden) <= 1
+        assert opened.js("getComputedStyle(text.line).contentVisibility") == "visible"
+        assert not opened.element("#form").is_displayed()
+        opened.js("open_stage('logits')")
+        opened.js("select(8)")
+        opened.wait("document.querySelector('#vectors .scroll')")
+        cut = "[...document.querySelectorAll('aside, .scroll')].filter((e) => e.scrollHeight - e.clientHeight > 2)"
+        assert opened.js(f"{cut}.length") == 0
+
+
+CONTRAST = """
+const channels = (color) => {  // red, green, blue and alpha of any CSS color, as painted
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  context.fillStyle = color;
+  context.fillRect(0, 0, 1, 1);
+  const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+  return [r, g, b, a / 255];
+};
+const behind = (element) => {  // the color painted behind an element's text
+  if (!element) return channels("Canvas");
+  const [r, g, b, a] = channels(getComputedStyle(element).backgroundColor);
+  const below = a < 1 ? behind(element.parentElement) : [0, 0, 0, 1];
+  return [r, g, b].map((c, i) => c * a + below[i] * (1 - a)).concat(1);
+};
+const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+  .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const ratio = (a, b) => {
+  const [x, y] = [luminance(a), luminance(b)].sort((x, y) => y - x);
+  return (x + 0.05) / (y + 0.05);
+};
+const shown = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() && !e.closest(":disabled, .hidden"));
+const own_text = (e) => [...e.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+const texts = shown.filter((e) => own_text(e) || e.matches("textarea, input:not([type=range], [type=radio])"));
+const controls = shown.filter((e) => e.matches("textarea, input:not([type=range], [type=radio]), select, button, #text"));
+const name = (e) => e.id || `${e.localName}.${e.className} ${e.textContent.slice(0, 20)}`;
+return [
+  texts.map((e) => [name(e), ratio(channels(getComputedStyle(e).color), behind(e))]),
+  controls.map((e) => [name(e), Math.max(
+    ratio(channels(getComputedStyle(e).borderTopColor), behind(e.parentElement)),
+    ratio(behind(e), behind(e.parentElement)),
+  )]),
+];
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(opened, scheme):
+    """At least 4.5:1 for text, also on the strongest shading, and 3:1 for the borders of controls."""
+    opened.write("abba", max_new_chars=30, seed=1)
+    opened.js("(document.getElementById('how').open = true)")
+    with emulated(opened, prefers_color_scheme=scheme):
+        background = opened.js("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", background))) < 60) is (scheme == "dark")
+        opened.js("select(20)")
+        opened.wait("inside.seen === 20")
+        for stage in (
+            "guess",
+            "characters",
+            "embeddings",
+            "feed-forward 0",
+            "logits",
+            "attention 1",
+        ):
+            opened.js(f"open_stage('{stage}')")
+            if stage == "attention 1":
+                opened.js("choose_head(1)")
+                opened.wait("inside.trace.pair && document.querySelector('#products td')")
+            opened.driver.execute_script(
+                "for (const span of text.spans)"
+                "for (const name of ['--loss', '--weight']) span.style.setProperty(name, 1)"
+            )
+            shade = opened.element("#text").get_attribute("data-shade")
+            assert shade == ("attention" if stage == "attention 1" else "surprise")
+            texts, controls = opened.driver.execute_script(CONTRAST)
+            assert len(texts) > 50 and len(controls) > 15
+            assert [found for found in texts if found[1] < 4.5] == []
+            assert [found for found in controls if found[1] < 3] == []
+
+
+def test_shading_and_bars_remain_with_forced_colors(opened):
+    opened.write("abba", max_new_chars=30, seed=1)
+    opened.js("select(20)")
+    opened.wait("inside.seen === 20")
+    with emulated(opened, forced_colors="active"):
+        widths = []
+        for loss in (0, 0.5, 1):
+            opened.js("text.spans[9].style.setProperty('--loss', arguments[0])", loss)
+            widths.append(
+                opened.js("parseFloat(getComputedStyle(text.spans[9]).borderBottomWidth)")
+            )
+        assert widths[0] < widths[1] < widths[2]
+        bar, track = opened.js(
+            "['.bars .settings-share', '.bars .bar'].map((e) => getComputedStyle(document.querySelector(e)).backgroundColor)"
+        )
+        assert bar != track
+
+
+def test_the_text_is_one_node_for_screen_readers(opened):
+    text = opened.write("abba", max_new_chars=1000, seed=1)
+    nodes = opened.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    visible = [node for node in nodes if not node["ignored"]]
+    names = [node.get("name", {}).get("value", "") for node in visible]
+    assert len(visible) < 200
+    assert any(name.split() == text.split() for name in names)  # the whole text, to be read
+    opened.js("select(8)")
+    assert opened.element("#text").get_attribute("aria-valuetext").startswith("9: ")
+
+
+def test_without_javascript_nothing_claims_to_be_loading(usual):
+    html = usual[0].read_text("utf-8")
+    body = html[html.index("<body>") : html.index("<script")]
+    assert "<main hidden>" in body and "Loading" not in body and "turned off" in body

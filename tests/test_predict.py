@@ -14,7 +14,7 @@ from chargpt.cli.predict import SEPARATOR, predict
 from chargpt.cli.predict import run as run_command
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
-from chargpt.text_generator import TextChunk, TextGenerator
+from chargpt.text_generator import TextGenerator
 from chargpt.vocabulary import UnknownCharacterError
 
 GENERATOR = make_generator()
@@ -142,7 +142,7 @@ def test_texts_are_written_in_order_as_soon_as_they_are_complete(monkeypatch):
 
     def chunks(*_):
         for row, text, last in [(0, "a", False), (1, "b", True), (0, "c", True), (2, "d", True)]:
-            yield TextChunk(row, text, last)
+            yield row, text, last
             written.append(reader.getvalue().decode().replace(SEPARATOR, "").split())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
@@ -157,7 +157,7 @@ def test_a_single_text_is_streamed_character_by_character(monkeypatch):
 
     def chunks(*_):
         for character in "abc":
-            yield TextChunk(0, character, character == "c")
+            yield 0, character, character == "c"
             streamed.append(reader.getvalue().decode().strip())
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(reader))
@@ -209,12 +209,12 @@ def test_invalid_prompts_raise_before_anything_is_written(capsys, tmp_path, monk
         (dict(prompts=missing), UserError, "cannot read .*none.txt: No such file"),
         (dict(prompts=str(tmp_path)), UserError, "cannot read "),
         (dict(prompts=str(empty)), UserError, "empty.txt is empty"),
-        (dict(prompts=str(binary)), UserError, "binary.txt is not UTF-8 text: .* offset 3"),
+        (dict(prompts=str(binary)), UserError, "cannot read .*binary.txt: .*utf-8.* position 3"),
     ]:
         with pytest.raises(error, match=message):
             run(output=str(file), **options)
     monkeypatch.setattr(sys, "stdin", Stdin(b"\xff"))
-    with pytest.raises(UserError, match="standard input is not UTF-8"):
+    with pytest.raises(UserError, match="cannot read standard input: .*utf-8"):
         run(prompt="-")
     assert capsys.readouterr().out == "" and not file.exists()
 

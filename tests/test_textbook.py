@@ -9,26 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from chargpt import textbook, textbook_walk
+from chargpt import explain, textbook
 from chargpt.model import GPT, GPTConfig
 from chargpt.textbook import BigramLangModel, Head
 
 BASE = dict(block_size=256, n_embed=384, n_head=6, n_layer=6)
 SMALL = dict(block_size=12, n_embed=24, n_head=3, n_layer=2)
-TINY = dict(
-    block_size=8, batch_size=4, epochs=6, lr=1e-2, n_embed=16, n_head=2, n_layer=2, dropout=0.0,
-    eval_interval=3, eval_characters=64,
-)  # fmt: skip
+TINY = dict(block_size=8, n_embed=16, n_head=2, n_layer=2, dropout=0.0)
+TRAINING = dict(batch_size=4, epochs=60, lr=1e-2, eval_interval=30, eval_characters=64)
 EXACT = dict(rtol=0, atol=1e-9)  # in float64, where two correct computations differ by much less
 
 
 @pytest.fixture(autouse=True)
-def restore_globals(monkeypatch):
-    """Undo what `prepare` sets in the script after each test."""
+def seed():
     torch.manual_seed(1)
-    for name, value in vars(textbook).copy().items():
-        monkeypatch.setattr(textbook, name, value)
-    monkeypatch.setattr(textbook, "model", None, raising=False)
 
 
 def engine(vocab_size: int, block_size: int, n_embed: int, n_head: int, n_layer: int) -> GPT:
@@ -65,9 +59,9 @@ def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(65, shape)
 
 
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["textbook", *map(str, arguments)])
-    textbook.main()
+def run(monkeypatch, *arguments: str, script=textbook) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    script.main()
 
 
 # --- The engine computes what the textbook computes --------------------------------------------
@@ -175,7 +169,6 @@ def test_importing_has_no_side_effects():
         "import torch, sys; state = torch.get_rng_state()\n"
         "from chargpt import textbook\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
-        "assert not hasattr(textbook, 'model') and not textbook.data\n"
         "modules = [name for name in sys.modules if name.startswith('chargpt.')]\n"
         "assert modules == ['chargpt.textbook'], modules"
     )
@@ -186,29 +179,32 @@ def test_importing_has_no_side_effects():
 
 
 def test_prepare_encodes_and_splits_the_text(text):
-    textbook.prepare(text, **TINY)
-    assert textbook.decode(textbook.encode(text)) == text
-    assert [len(textbook.data[split]) for split in ("train", "val")] == [1800, 200]
+    stoi, itos, data = textbook.prepare(text)
+    assert textbook.decode(textbook.encode(text, stoi), itos) == text
+    assert "".join(itos.values()) == "".join(sorted(set(text)))
+    assert [len(data[split]) for split in ("train", "val")] == [1800, 200]
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
-        x, y = textbook.get_batch(split)
+        x, y = textbook.get_batch(data[split], 8, 4)
         assert x.shape == y.shape == (4, 8)
         for inputs, targets in zip(x.tolist(), y.tolist()):
             assert inputs[1:] == targets[:-1]
-            assert textbook.decode([*inputs, targets[-1]]) in part
+            assert textbook.decode([*inputs, targets[-1]], itos) in part
 
 
 def test_loss_is_estimated_in_eval_mode(text):
-    textbook.prepare(text, **TINY | dict(dropout=0.9))
-    textbook.model.head.weight.data.normal_()
+    _, itos, data = textbook.prepare(text)
+    model = BigramLangModel(len(itos), **TINY | dict(dropout=0.9))
+    model.head.weight.data.normal_()
     modes = []
-    textbook.model.register_forward_hook(lambda model, *_: modes.append(model.training))
-    assert textbook.estimate_loss().keys() == {"train", "val"}
-    assert modes == [False] * 4 and textbook.model.training
+    model.register_forward_hook(lambda model, *_: modes.append(model.training))
+    assert textbook.estimate_loss(model, data, 4, 64).keys() == {"train", "val"}
+    assert modes == [False] * 4 and model.training
 
 
 def test_the_command_trains_and_generates(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(textbook, "SMALL", TINY | dict(epochs=60, eval_interval=30))
+    monkeypatch.setattr(textbook, "SMALL", TINY)
+    monkeypatch.setattr(textbook, "SMALL_TRAINING", TRAINING)
     run(monkeypatch, tmp_path / "text.txt", "--small")
     out, err = capsys.readouterr()
     V = len(set(text))
@@ -222,17 +218,16 @@ def test_the_command_trains_and_generates(tmp_path, text, monkeypatch, capsys):
 
 def test_default_text(tmp_path, text, monkeypatch, capsys):
     """Tiny Shakespeare where `fit` stores it, otherwise Python's reference manual."""
-    monkeypatch.setattr(
-        textbook, "prepare", lambda text, **sizes: sys.exit(f"{len(text)} characters")
-    )
+    monkeypatch.setattr(textbook, "SMALL", TINY)
+    monkeypatch.setattr(textbook, "prepare", lambda text: sys.exit(f"{len(text)} characters"))
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path))
     with pytest.raises(SystemExit, match=r"\d{6} characters"):
-        run(monkeypatch)
+        run(monkeypatch, "--small")
     assert "Python's reference manual" in capsys.readouterr().err
     (tmp_path / "tiny-shakespeare").mkdir()
     (tmp_path / "tiny-shakespeare" / "input.txt").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match="2000 characters"):
-        run(monkeypatch)
+        run(monkeypatch, "--small")
 
 
 @pytest.mark.parametrize(
@@ -275,35 +270,71 @@ def test_unusable_texts_end_in_one_plain_line(tmp_path, content, message, monkey
     assert capsys.readouterr() == ("", "")
 
 
-# --- The walk ----------------------------------------------------------------------------------
+# --- Explain ------------------------------------------------------------------------------------
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
 
 
 def test_explain_prints_correct_numbers(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(textbook_walk, "TINY", TINY | dict(block_size=40, epochs=40))
-    run(monkeypatch, tmp_path / "text.txt", "--explain")
+    monkeypatch.setattr(explain, "TRAINING", explain.TRAINING | dict(epochs=40))
+    run(monkeypatch, tmp_path / "text.txt", script=explain)
     out = capsys.readouterr().out
     V = len(set(text))
     assert f"guessing among {V} characters costs ln {V} = {math.log(V):.3f} nats" in out
 
-    inputs, targets = re.search(r'input +"(.*)"\ntargets +"(.*)":', out).groups()
+    inputs, targets = re.search(r"input    (.*)\ntargets  (.*)\n", out).groups()
     assert inputs[1:] == targets[:-1] and inputs in text
 
-    matrices = re.findall(r"sums to 1\n.*\n((?:  .  .*\n){8})the last row.*\n(.*)\n", out)
-    assert len(matrices) == 2
-    for rows, scores in matrices:
-        weights = [[float(weight) for weight in row[5:].split()] for row in rows.splitlines()]
-        assert [len(row) for row in weights] == list(range(1, 9))
-        assert all(sum(row) == pytest.approx(1, abs=0.005 * len(row) + 1e-9) for row in weights)
-        softmax = torch.tensor([float(score) for score in scores.split()]).softmax(0)
-        assert weights[-1] == pytest.approx(softmax.tolist(), abs=0.011)
+    (matrix,) = re.findall(r"sums to 1\n.*\n((?:  .  .*\n){8})", out)
+    rows = [numbers(row) for row in matrix.splitlines()]
+    assert [len(row) for row in rows] == list(range(1, 9))
+    assert all(sum(row) == pytest.approx(1, abs=0.005 * len(row) + 1e-9) for row in rows)
 
-    stated = [float(loss) for loss in re.findall(r"of the target\): ([\d.]+) nats", out)]
+    heads = re.findall(r"score  weight    value\n((?:  .  .*\n){8})output, .* value (.*)\n", out)
+    assert len(heads) == 2  # untrained and trained
+    for table, output in heads:
+        table = torch.tensor([numbers(row) for row in table.splitlines()])  # score, weight, values
+        torch.testing.assert_close(table[:, 0].softmax(0), table[:, 1], rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            table[:, 1] @ table[:, 2:], torch.tensor(numbers(output)), rtol=0, atol=0.02
+        )
+    assert numbers(matrix.splitlines()[-1]) == pytest.approx(table[:, 1].tolist(), abs=0.006)
+
+    for stream in re.findall(r"the residual stream at position 7\n((?:.*\n){6})", out):
+        x, *added, final = (torch.tensor(numbers(row)) for row in stream.splitlines())
+        torch.testing.assert_close(x + sum(added), final, rtol=0, atol=4e-3)
+
+    stated = [float(loss) for loss in re.findall(r"mean loss of the line ([\d.]+) nats", out)]
     table = re.findall(r"\n     (.)  +(0\.\d+) +([\d.]+) +(0\.\d+) +([\d.]+)", out)
-    assert "".join(character for character, *_ in table) == textbook_walk.visible(targets)
+    assert "".join(character for character, *_ in table) == explain.visible(targets)
     for column, loss in zip((1, 3), stated, strict=True):
         ps = [float(row[column]) for row in table]
         assert -sum(map(math.log, ps)) / len(ps) == pytest.approx(loss, abs=0.02)
     assert stated[1] < stated[0]
-    before, after = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", out).groups())
-    assert before == stated[0] and after < before
+
+
+def test_explain_prints_a_gradient_and_a_step(tmp_path, text, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(explain, "TRAINING", explain.TRAINING | dict(epochs=0, eval_characters=1))
+    run(monkeypatch, tmp_path / "text.txt", script=explain)
+    out = capsys.readouterr().out
+    by_hand = float(re.search(r"mean over the \d+ positions: (\S+)", out)[1])
+    by_torch = float(re.search(r"PyTorch's gradient: (\S+)", out)[1])
+    by_trying = float(re.search(r"by 0.01: the loss changes by (\S+)", out)[1]) / 0.01
+    assert by_hand == by_torch == pytest.approx(by_trying, rel=0.05)
+    (gradient,) = numbers(re.search(r"gradient .*: m", out)[0])
+    assert gradient == by_torch
+    old, lr, direction, decay, same, new = numbers(re.search(r"\nweight .*", out)[0])
+    assert abs(direction) == pytest.approx(1, abs=1e-3) and old == same
+    assert new == pytest.approx(old - lr * (direction + decay * old), abs=2e-5)
+    before, after = map(float, re.search(r"line ([\d.]+) before, ([\d.]+) after", out).groups())
+    assert after < before
+
+
+def test_explain_refuses_a_short_text(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("short", encoding="utf-8")
+    with pytest.raises(SystemExit, match="the text has 5 characters; this needs at least 330"):
+        run(monkeypatch, tmp_path / "text.txt", script=explain)

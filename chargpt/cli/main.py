@@ -57,13 +57,11 @@ def print_help() -> None:
 
 
 def refuse_command(command: str) -> NoReturn:
-    choice = f"choose one of {', '.join(COMMANDS)}; python -m chargpt --help explains them"
-    if not command:
-        fail(f"no command given; {choice}", status=2)
-    if command.startswith("-"):
-        fail(f"the command comes before the options; {choice}", status=2)
-    near = SYNONYMS.get(command) or next(iter(difflib.get_close_matches(command, COMMANDS)), None)
-    hint = f"did you mean {near}?" if near else choice
+    hint = f"choose one of {', '.join(COMMANDS)}; python -m chargpt --help explains them"
+    near = [*filter(None, [SYNONYMS.get(command)]), *difflib.get_close_matches(command, COMMANDS)]
+    if not command or command.startswith("-"):
+        fail(f"the command comes first; {hint}", status=2)
+    hint = f"did you mean {near[0]}?" if near else hint
     fail(f"there is no command {command[:80]!r}; {hint}", status=2)
 
 

@@ -98,15 +98,12 @@ def read_prompts(prompt: str, prompts: str) -> list[str]:
     name = prompts or "standard input"
     try:
         data = Path(prompts).expanduser().read_bytes() if prompts else sys.stdin.buffer.read()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        where = f"invalid byte at offset {error.start:,}"
-        raise UserError(f"{name} is not UTF-8 text: {where}") from error
+        text = data.decode("utf-8-sig" if prompts else "utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error
     if not prompts:
         return [text]
-    if not (text := text.removeprefix("\ufeff")):
+    if not text:
         raise UserError(f"{prompts} is empty; it needs a prompt per line")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 

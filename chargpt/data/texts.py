@@ -49,25 +49,34 @@ def resolve_corpus(
     corpus: str, data_dir: str | Path | None = None, fallback: str | None = None
 ) -> TextSource:
     """Find a text by its name or path; an unavailable named text is replaced by `fallback`."""
+    folder = absolute(data_dir or os.environ.get("CHARGPT_DATA_DIR") or cache_dir())
     try:
-        folder = absolute(data_dir or os.environ.get("CHARGPT_DATA_DIR") or cache_dir())
-        return locate(corpus, folder)
+        path = find_text(corpus, folder)
     except UnavailableError as error:
-        if fallback is None or fallback == corpus:
+        if fallback in (None, corpus):
             raise
-        message = f"{corpus} is unavailable, so {fallback} is used instead\n{error}"
-        warnings.warn(message, stacklevel=2)
-    return resolve_corpus(fallback, data_dir)
+        reason, _, advice = str(error).partition("\n")
+        message = f"{corpus} is unavailable, so {fallback} is used instead: {reason}."
+        warnings.warn(f"{message} To use {corpus}, {advice}.", stacklevel=2)
+        return resolve_corpus(str(fallback), data_dir)
+    files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
+    if not files:
+        raise UserError(f"there is no .txt file in {path}\nuse a different folder or a text file")
+    # The hash makes the name of the token file unique; the stem lets a person recognize it.
+    state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    return TextSource(corpus, path, files, folder / "tokens" / f"{path.stem[:40]}-{state}.npy")
 
 
-def locate(corpus: str, data_dir: Path) -> TextSource:
+def find_text(corpus: str, data_dir: Path) -> Path:
+    """The file or folder of a text; a named text is created if it is missing."""
     path, stored = absolute(corpus), data_dir / corpus / "input.txt"
-    if corpus in NAMED_TEXTS or not os.path.exists(path):
-        path = stored
-    if corpus in NAMED_TEXTS and not path.exists():
-        data = NAMED_TEXTS[corpus](path)
-        with atomic_write(path) as file:
-            file.write(data)
+    if corpus in NAMED_TEXTS:
+        if not stored.exists():
+            data = NAMED_TEXTS[corpus](stored)
+            with atomic_write(stored) as file:
+                file.write(data)
+        return stored
+    path = path if os.path.exists(path) else stored
     if not (corpus and os.path.exists(path)):
         names = {*NAMED_TEXTS, *(text.parent.name for text in data_dir.glob("*/input.txt"))}
         raise UserError(
@@ -76,13 +85,7 @@ def locate(corpus: str, data_dir: Path) -> TextSource:
         )
     if str(path).encode(errors="replace").decode() != str(path):  # loggers could not record it
         raise UserError(f"the path {str(path)!r} is not UTF-8\nrename the file or folder")
-    files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
-    if not files:
-        raise UserError(f"there is no .txt file in {path}\nuse a different folder or a text file")
-    # The hash makes the name of the token file unique; the stem lets a person recognize it.
-    state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    token_file = data_dir / "tokens" / f"{path.stem[:40]}-{state}.npy"
-    return TextSource(corpus, path, files, token_file)
+    return path
 
 
 def find_files(path: Path, visited: set[str]) -> Iterator[TextFile]:

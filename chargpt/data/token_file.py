@@ -7,6 +7,7 @@ keeps reading its own. Token files that no run needs may be deleted.
 """
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -84,14 +85,13 @@ def read_text(source: TextSource) -> Iterator[str]:
 
 def read_file(file: TextFile) -> Iterator[str]:
     """The characters of a file in chunks; line endings are not translated."""
-    with open(file.path, encoding="utf-8", newline="") as stream:
+    with open(file.path, "rb") as data, io.TextIOWrapper(data, "utf-8", newline="") as stream:
         text = "not at the end"
         while text:
             try:
                 text = stream.read(CHUNK)
             except UnicodeDecodeError as error:
-                read = stream.buffer.tell()  # type: ignore[attr-defined]
-                offset = read - len(error.object) + error.start
+                offset = data.tell() - len(error.object) + error.start
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}"
                 message = f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
                 raise UserError(message) from error

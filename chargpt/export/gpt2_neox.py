@@ -64,7 +64,7 @@ def with_layer_norms_and_biases(gpt: GPT) -> GPT | None:
     # The head's bias b becomes part of the last norm's, as d with W d = b: W (x + d) = W x + b.
     # Such a d exists if the V rows of W, with C channels each, are linearly independent.
     W, b = general.head.weight.double(), general.head.bias.double()[:, None]
-    general.norm.bias += torch.linalg.lstsq(W, b, driver="gelsd").solution[:, 0]
+    general.norm.bias.add_(torch.linalg.lstsq(W, b, driver="gelsd").solution[:, 0])
     general.head.bias.zero_()
     return general
 

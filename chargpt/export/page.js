@@ -216,10 +216,11 @@ class FeedForward {
     this.projection = new Linear(weights, name + ".projection");
   }
 
-  forward(x, T) {
+  forward(x, T, trace) {
     const y = this.expansion.forward(x, T);
     const { activation } = this;
     for (let i = 0; i < y.length; i++) y[i] = activation(y[i]);
+    trace?.(y);
     return this.projection.forward(y, T);
   }
 }
@@ -233,9 +234,14 @@ class Block {
     this.feed_forward = new FeedForward(config, weights, name + ".feed_forward");
   }
 
-  forward(x, T, angles, cache, length) {
-    x = add(x, this.attention.forward(this.attention_norm.forward(x, T), T, angles, cache, length));
-    return add(x, this.feed_forward.forward(this.feed_forward_norm.forward(x, T), T));
+  // `trace`, if given, is called with the output of attention, the hidden units, and x after the block.
+  forward(x, T, angles, cache, length, trace) {
+    const y = this.attention.forward(this.attention_norm.forward(x, T), T, angles, cache, length);
+    trace?.(y);
+    x = add(x, y);
+    x = add(x, this.feed_forward.forward(this.feed_forward_norm.forward(x, T), T, trace));
+    trace?.(x);
+    return x;
   }
 }
 
@@ -252,15 +258,19 @@ class NgramEmbedding {
     this.table = new Embedding(weights, name + ".table");
   }
 
-  // Add the embeddings of the n-grams that end at ids[at].
-  add_to(row, ids, at) {
+  // The table rows of the n-grams that end at ids[at].
+  rows_of(ids, at) {
     let first = 0;
-    for (const [n, rows] of Object.entries(this.ngrams)) {
+    return Object.entries(this.ngrams).map(([n, rows]) => {
       const factors = FACTORS.slice(0, n);
       const hashed = factors.reduce((sum, factor, i) => sum + factor * ids[at - i], 0);
-      this.table.add_to(row, first + (hashed % rows));
       first += rows;
-    }
+      return first - rows + (hashed % rows);
+    });
+  }
+
+  add_to(row, ids, at) {
+    for (const index of this.rows_of(ids, at)) this.table.add_to(row, index);
   }
 }
 
@@ -277,8 +287,9 @@ class GPT {
     this.head = new Linear(weights, "head");
   }
 
-  // Logits (T, V) of the next character at each position, for up to CHUNK ids.
-  forward(ids, cache) {
+  // Logits (T, V) of the next character at each position, for up to CHUNK ids. `trace`, if given, is
+  // called with the embeddings and then by each block.
+  forward(ids, cache, trace) {
     const [T, C, length] = [ids.length, this.config.n_embd, cache.length];
     if (length + T > this.config.block_size) {
       const { block_size } = this.config;
@@ -294,15 +305,21 @@ class GPT {
       if (this.ngram_embedding) this.ngram_embedding.add_to(row, whole, context_ids.length + t);
     }
     x = this.embedding_norm.forward(x, T);
+    trace?.(x);
     const rotary = !this.position_embedding;
     const angles = rotary && rotary_angles(length, T, C / this.config.n_head);
     this.blocks.forEach((block, layer) => {
-      x = block.forward(x, T, angles, cache.layers[layer], length);
+      x = block.forward(x, T, angles, cache.layers[layer], length, trace);
     });
-    const logits = this.head.forward(this.norm.forward(x, T), T);
+    const logits = this.read(x, T);
     cache.logits.set(logits, length * this.vocab_size);
     cache.length += T;
     return logits;
+  }
+
+  // Logits (T, V) from the residual stream (T, C).
+  read(x, T) {
+    return this.head.forward(this.norm.forward(x, T), T);
   }
 }
 
@@ -541,6 +558,7 @@ function* prefill(gpt, cache, ids) {
 
 // ---- inspection, as in inspection.py and TextGenerator.score ----
 
+const MAP = 64; // characters in a map of attention weights
 const PASSAGES_BYTES = 2 ** 28; // of stored caches; others are recomputed
 
 // A text with the network's internals: windows of up to block_size characters, each with its own
@@ -596,6 +614,71 @@ class Reading {
     const heads = head === null ? Array.from({ length: n_head }, (_, i) => i) : [head];
     const weights = heads.map((h) => attention_weights(cache.layers[layer], h, row, C, C / n_head));
     return weights[0].map((_, s) => weights.reduce((sum, w) => sum + w[s], 0) / heads.length);
+  }
+
+  // The numbers inside the network at the position before `position`, which is computed again from
+  // the keys and values in the cache: the embeddings and their parts, the output of attention, hidden
+  // units and residual stream of each block, and the logit lens, (n_layer + 1) x (V).
+  trace(cache, position) {
+    const { gpt, ids } = this;
+    const row = position - 1 - this.first_of(position);
+    const before = [...FACTORS.slice(1).fill(0), ...ids.slice(this.first_of(position), position)];
+    const newest_ids = before.slice(-FACTORS.length, -1);
+    const past = Object.assign(Object.create(KVCache.prototype), cache, { length: row, newest_ids });
+    const stages = [];
+    gpt.forward([ids[position - 1]], past, (x) => stages.push(x.slice()));
+    const [embeddings] = stages;
+    const blocks = gpt.blocks.map((_, layer) => {
+      const [attention, hidden, residual] = stages.slice(3 * layer + 1);
+      return { attention, hidden, residual };
+    });
+    const lens = [embeddings, ...blocks.map(({ residual }) => residual)].map((x) => gpt.read(x, 1));
+    return { embeddings, parts: this.embedding_parts(before, row), blocks, lens };
+  }
+
+  // Each vector that is added up to the embeddings of the last of these ids, with its table and row.
+  embedding_parts(ids, row) {
+    const { gpt } = this;
+    const at = ids.length - 1;
+    const parts = [["token", gpt.token_embedding, ids[at]]];
+    if (gpt.position_embedding) parts.push(["position", gpt.position_embedding, row]);
+    if (gpt.ngram_embedding) {
+      const rows = gpt.ngram_embedding.rows_of(ids, at);
+      Object.keys(gpt.config.ngrams).forEach((n, i) => parts.push([Number(n), gpt.ngram_embedding.table, rows[i]]));
+    }
+    return parts.map(([table, embedding, index]) => {
+      const vector = new Float32Array(gpt.config.n_embd);
+      embedding.add_to(vector, index);
+      return { table, index, vector };
+    });
+  }
+
+  // Attention weights among up to MAP characters, of all heads of a layer, (H, n, n). The last one is
+  // the one before `position`, or `until` if both fit.
+  maps(cache, position, layer, until) {
+    const { n_embd: C, n_head } = this.gpt.config;
+    const [first, row] = [this.first_of(position), position - 1 - this.first_of(position)];
+    const fits = until >= position - 1 && until - first < cache.length && until - position + 1 < MAP;
+    const last = fits ? until - first : row;
+    const from = Math.max(0, last - MAP + 1);
+    const n = last - from + 1;
+    const weights = new Float32Array(n_head * n * n);
+    for (let head = 0; head < n_head; head++) {
+      for (let t = 0; t < n; t++) {
+        const all = attention_weights(cache.layers[layer], head, from + t, C, C / n_head);
+        weights.set(all.subarray(from), (head * n + t) * n);
+      }
+    }
+    return { from: first + from, n, weights };
+  }
+
+  // The query of one head at the position before `position`, (D), and the keys it is compared with, (S, D).
+  query_and_keys(cache, position, layer, head) {
+    const { n_embd: C, n_head } = this.gpt.config;
+    const [D, row] = [C / n_head, position - 1 - this.first_of(position)];
+    const { queries, keys } = cache.layers[layer];
+    const of_head = (x, s) => x.slice(s * C + head * D, s * C + (head + 1) * D);
+    return { query: of_head(queries, row), keys: Array.from({ length: row + 1 }, (_, s) => of_head(keys, s)) };
   }
 }
 
@@ -665,12 +748,16 @@ class Server {
     report.end();
   }
 
-  async look({ job, position, layer, head }) {
+  // What the page shows about a character; `until`: the last character of the maps, null for no maps.
+  async look({ job, position, layer, head, until }) {
     const { reading } = this;
     const cache = await this.finish(reading.reach(position));
     const logits = reading.logits(cache, position).slice();
-    const weights = layer === null ? [] : reading.attention(cache, position, layer, head);
-    this.post({ type: "seen", job, position, logits, weights, first: reading.first_of(position) });
+    const weights = reading.attention(cache, position, layer, head);
+    const maps = until !== null && reading.maps(cache, position, layer, until);
+    const pair = head !== null && reading.query_and_keys(cache, position, layer, head);
+    const trace = { ...reading.trace(cache, position), maps, pair };
+    this.post({ type: "seen", job, position, logits, weights, first: reading.first_of(position), trace });
   }
 
   async finish(generator) {

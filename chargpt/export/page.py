@@ -15,7 +15,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,26 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
 
 
 def check_known(gpt: GPT) -> None:
-    """Raise if page.js does not support a setting of the network."""
+    """Raise if page.js does not support a setting of the network.
+
+    A setting that page.js doesn't know is no obstacle at its default: a switch that is off.
+    """
     for field in fields(gpt.config):
-        value = getattr(gpt.config, field.name)
-        if field.name not in KNOWN:
+        value, choices = getattr(gpt.config, field.name), KNOWN.get(field.name)
+        if field.name not in KNOWN and value != default_of(field):
             raise UserError(
                 f"cannot export a page: it does not support the setting {field.name} ({value!r})"
             )
-        choices = KNOWN[field.name]
         if choices is not None and value not in choices:
             raise UserError(
                 f"cannot export a page: it does not support {field.name} {value!r}, "
                 f"only {', '.join(choices)}"
             )
+
+
+def default_of(field: Field) -> Any:
+    """The default of a dataclass field, or MISSING, which equals no value."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def figures(gpt: GPT, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
     gpt = generator.gpt
     weights, shapes = pack(gpt, dtype)
     data = {
-        "config": {field.name: getattr(gpt.config, field.name) for field in fields(gpt.config)},
+        "config": {name: getattr(gpt.config, name) for name in KNOWN},
         "vocabulary": [ord(character) for character in generator.vocabulary.characters],
         "stand_ins": STAND_INS,
         "weights": {"dtype": dtype, "shapes": shapes},
@@ -118,7 +125,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
     }
     folder = resources.files("chargpt.export")
     parts = {
-        name: (folder / name).read_text(encoding="utf-8")
+        name: compact((folder / name).read_text(encoding="utf-8"))
         for name in ("page.html", "kernel.js", "page.js", "view.js")
     }
     parts |= {"data": as_script_data(data), "weights": base64.b64encode(weights).decode()}
@@ -151,6 +158,12 @@ def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
 def as_script_data(data: dict[str, Any]) -> str:
     """JSON that is safe inside a script element: ASCII only, and < is escaped."""
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def compact(source: str) -> str:
+    """HTML or JavaScript without indentation and without lines that hold only a comment."""
+    lines = (line.strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
 def policy(template: str, parts: dict[str, str]) -> str:

@@ -27,12 +27,14 @@ const answers = {
   loaded() {
     show_figures();
     set_busy(false);
+    write();
   },
 
   text({ job, ids, from, losses }) {
     if (job !== text.job) return;
     append(ids.map((id) => VOCABULARY.characters[id]));
     losses.forEach((loss, i) => set_loss(from + i, loss));
+    follow();
     progress();
   },
 
@@ -41,15 +43,20 @@ const answers = {
     text.ended = true;
     set_busy(false);
     append_next();
+    // again in the next frames, since lines get their heights when they are first painted
+    requestAnimationFrame(() => (follow(), requestAnimationFrame(follow)));
+    $("plain").textContent = text.characters.join("");
     progress(stopped ? "Stopped." : "Done.", seconds);
-    if (inside.position) look();
+    if (inside.position === null && text.reselect !== null) select(text.reselect);
+    else if (inside.position !== null) look();
+    text.reselect = null;
   },
 
-  seen({ job, position, logits, weights, first }) {
+  seen({ job, position, logits, weights, first, trace }) {
     if (job !== inside.job) return;
-    Object.assign(inside, { logits, seen: position });
-    show_bars();
-    show_attention(weights, first);
+    Object.assign(inside, { seen: position, logits, weights, first, trace });
+    $("seen").replaceChildren(...describe_seen());
+    show_inside();
   },
 
   failed({ job, message }) {
@@ -63,17 +70,30 @@ const answers = {
 // the characters and their elements; `written`: generated from a prompt, otherwise scored
 const text = {
   job: 0, characters: [], spans: [], losses: [], line: null, start: 0, written: true, ended: true,
+  request: null, past: [], reselect: null, // what was asked for; before a "what if"; what to select at the end
+  followed: true, top: 0, // whether the end of the text is kept in view, and where it was scrolled to
 }; // prettier-ignore
 
-function begin(characters, written) {
+// Show and start a request: { type: "write", prompt, settings, start, changed, note }, where the prompt's
+// first `start` characters were typed and the one at `changed` was put there; or { type: "score", ids }.
+function run(request) {
+  const { type, start = 0, changed = null } = request;
+  const characters = (request.prompt ?? request.ids).map((id) => VOCABULARY.characters[id]);
   clear_selection();
   $("text").replaceChildren();
-  Object.assign(text, { characters: [], spans: [], losses: [], line: null, written, ended: false });
-  text.start = written ? characters.length : 0;
-  append(characters, written);
+  $("plain").textContent = "";
+  Object.assign(text, { characters: [], spans: [], losses: [], line: null, written: type === "write", ended: false });
+  Object.assign(text, { request, reselect: null, followed: true, top: 0 });
+  text.start = text.written ? characters.length : 0;
+  append(characters.slice(0, start), true);
+  append(characters.slice(start));
+  if (changed !== null) text.spans[changed].classList.add("changed");
   $("copy").disabled = false;
   $("position").disabled = false;
+  $("undo").hidden = !text.past.length;
   set_busy(true);
+  text.job = ask(type, request);
+  progress();
 }
 
 function append(characters, prompt = false) {
@@ -86,6 +106,7 @@ function append(characters, prompt = false) {
     text.characters.push(character);
   }
   $("position").max = text.characters.length;
+  $("text").setAttribute("aria-valuemax", text.characters.length);
   $("of").textContent = `of ${grouped(text.characters.length)}`;
 }
 
@@ -97,6 +118,7 @@ const append_next = () => add_span("next");
 function add_span(name) {
   if (!text.line) {
     text.line = document.createElement("div");
+    text.line.ariaHidden = "true"; // screen readers get #plain instead of a node for each character
     $("text").append(text.line);
   }
   const span = document.createElement("span");
@@ -106,6 +128,15 @@ function add_span(name) {
   text.line.append(span);
   return span;
 }
+
+// Keep the end of the text in view while it grows, unless the user has scrolled away from it.
+function follow() {
+  if (!text.followed || inside.position !== null) return;
+  $("text").scrollTop = $("text").scrollHeight;
+  text.top = $("text").scrollTop;
+}
+
+const note_scroll = () => (text.followed = $("text").scrollTop >= text.top - 2);
 
 const bits = (loss) => loss / Math.LN2;
 
@@ -131,7 +162,8 @@ function progress(end, seconds) {
   const per_second = seconds > 0.2 ? `, ${grouped(Math.round(count / seconds))} per second` : "";
   const surprise = mean === null ? "" : ` Average surprise: ${mean.toFixed(3)} bits per character.`;
   const done = `${grouped(count)} characters ${text.written ? "generated" : "scored"}`;
-  $("status").textContent = `${end} ${done}${per_second}.${surprise}`;
+  const note = text.request.note ?? "";
+  $("status").textContent = `${note}${end} ${done}${per_second}.${surprise}`;
 }
 
 // ---- the form ----
@@ -157,13 +189,26 @@ function show_settings() {
     $(`${id}-value`).textContent = value;
     $(id).setAttribute("aria-valuetext", value);
   }
-  if (inside.logits) show_bars();
+  const { max_new_chars } = settings();
+  $("chosen").textContent =
+    `temperature ${shown.temperature}, top-k ${shown.top_k}, top-p ${shown.top_p}, ` +
+    `length ${max_new_chars || 0}, seed ${$("seed").value}`;
+  if (inside.trace && stage().id === "guess") show_guess();
+}
+
+// The form's values survive a reload in the history entry; storage is not available to all local files.
+const FIELDS = ["prompt", "seed", ...NUMBERS];
+
+function save_form() {
+  history.replaceState(Object.fromEntries(FIELDS.map((id) => [id, $(id).value])), "");
 }
 
 function problem(message, field = null) {
   $("problem").textContent = message;
+  if (message) $("status").textContent = "";
   for (const id of ["prompt", "seed", "max_new_chars"])
     id === field ? $(id).setAttribute("aria-invalid", "true") : $(id).removeAttribute("aria-invalid");
+  if (field && NUMBERS.concat("seed").includes(field)) $("how").open = true;
   if (field) $(field).focus();
 }
 
@@ -183,10 +228,15 @@ function write() {
   const prompt = attempt("prompt", () => VOCABULARY.encode($("prompt").value || VOCABULARY.opening));
   const number = prompt && attempt("seed", seed);
   const chosen = { ...settings(), seed: number };
-  if (number === null || attempt("max_new_chars", () => check_settings(chosen) ?? true) === null) return;
-  begin(prompt.map((id) => VOCABULARY.characters[id]), true);
-  text.job = ask("write", { prompt, settings: chosen });
-  progress();
+  if (number === null || attempt("max_new_chars", () => check_form(chosen)) === null) return;
+  text.past = [];
+  run({ type: "write", prompt, settings: chosen, start: prompt.length });
+}
+
+function check_form(chosen) {
+  if (Number.isNaN(chosen.max_new_chars)) throw new Error("the length is empty; it must be a whole number of at least 0");
+  check_settings(chosen);
+  return true;
 }
 
 function score() {
@@ -198,9 +248,8 @@ function score() {
     return ids;
   });
   if (ids === null) return;
-  begin(ids.map((id) => VOCABULARY.characters[id]), false);
-  text.job = ask("score", { ids });
-  progress();
+  text.past = [];
+  run({ type: "score", ids });
 }
 
 function set_busy(busy) {
@@ -232,39 +281,79 @@ async function copy() {
 
 // ---- inside the network ----
 
-// the selected character, and the logits from which it was sampled
-const inside = { job: 0, position: null, logits: null, seen: null };
+// The selected character, what the worker found about it (see Server.look), the open stage, the last
+// character of the maps, and the character whose key is shown.
+const inside = { position: null, stage: null, until: -1, key: null };
+
+function forget() {
+  Object.assign(inside, { job: 0, seen: null, logits: null, weights: [], first: 0, trace: null });
+}
 
 function select(position) {
   const end = text.ended ? text.characters.length : text.characters.length - 1;
-  if (end < 1) return;
-  position = Math.max(1, Math.min(end, position));
+  if (end < 0 || !Number.isFinite(position)) return;
+  position = Math.max(0, Math.min(end, Math.round(position)));
   mark("selected", position);
   inside.position = position;
-  $("position").value = position;
+  $("position").value = position + 1;
+  $("text").setAttribute("aria-valuenow", position + 1);
+  $("text").setAttribute("aria-valuetext", `${position + 1}: ${name_of(position)}`);
+  $("close").hidden = false;
+  $("inside").classList.add("open");
   look();
+  text.spans[position].scrollIntoView({ block: "nearest" });
 }
 
 function look() {
-  const { position } = inside;
-  const chosen = $("head").value;
-  const head = chosen === "mean" ? null : Number(chosen);
-  inside.job = ask("look", { position, layer: Number($("layer").value), head });
+  const { position, until } = inside;
+  if (position === 0) return show_first();
+  const head = $("head").value === "mean" ? null : Number($("head").value);
+  const maps = stage().layer === undefined ? null : until;
+  inside.job = ask("look", { position, layer: Number($("layer").value), head, until: maps });
 }
 
 function clear_selection() {
-  for (const name of ["selected", "from"]) mark(name, null);
-  Object.assign(inside, { job: 0, position: null, logits: null, seen: null });
-  for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
+  forget();
+  inside.position = null;
+  mark("selected", null);
   $("position").value = "";
-  $("inside").hidden = true;
-  $("meanwhile").hidden = false;
+  $("text").setAttribute("aria-valuetext", "none selected");
+  $("seen").textContent = "";
+  $("close").hidden = true;
+  $("inside").classList.remove("open");
+  show_inside();
+}
+
+// The network predicts each character from those before it, so it does not predict the first.
+function show_first() {
+  forget();
+  inside.seen = 0;
+  $("seen").textContent = "The network does not predict the first character: there is none before it.";
+  show_inside();
+}
+
+function show_inside() {
+  show_diagram();
+  show_attention();
+  show_details();
 }
 
 function mark(name, position) {
   $("text").querySelector(`.${name}`)?.classList.remove(name);
   if (position !== null) text.spans[position].classList.add(name);
 }
+
+function make(tag, className = "", ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+const style = (element, properties) => {
+  for (const [name, value] of Object.entries(properties)) element.style.setProperty(`--${name}`, value);
+  return element;
+};
 
 // A printable form of a character: invisible and combining ones are shown by name.
 function visible(character) {
@@ -274,87 +363,504 @@ function visible(character) {
   return hidden ? [code_name(character), true] : [character, false];
 }
 
+function quoted(character) {
+  const [name, is_code] = visible(character);
+  return is_code ? name : `“${name}”`;
+}
+
+const SHORT = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
+const short = (character) => SHORT[character] ?? visible(character)[0];
+const quoted_id = (id) => quoted(VOCABULARY.characters[id]);
+const name_of = (position) =>
+  position < text.characters.length ? visible(text.characters[position])[0] : "what would come next";
+
+// The id of the character that the network predicted, null after the end of the text.
+const actual_id = () =>
+  inside.seen < text.characters.length ? VOCABULARY.ids.get(text.characters[inside.seen]) : null;
+
 const percent = (p) =>
   p >= 0.0995 ? `${(p * 100).toFixed(0)} %` : p >= 0.001 ? `${(p * 100).toFixed(1)} %`
     : p > 0 ? "<0.1 %" : "0 %"; // prettier-ignore
 
-function show_bars() {
-  const { logits, seen } = inside;
-  const [network, drawn] = [softmax(logits), probabilities_of(logits, settings())];
-  const actual = seen < text.characters.length ? VOCABULARY.ids.get(text.characters[seen]) : null;
-  const order = descending(logits);
-  const shown = order.slice(0, BARS);
-  if (actual !== null && !shown.includes(actual)) shown.push(actual);
-  const most = Math.max(network[shown[0]], ...shown.map((id) => drawn[id]));
-  $("bars").replaceChildren(...shown.map((id) => bar(id, network[id], drawn[id], most, id === actual)));
-  $("seen").replaceChildren(...describe_seen(actual, network, order));
-  $("inside").hidden = false;
-  $("meanwhile").hidden = true;
-}
-
-function bar(id, network, drawn, most, is_actual) {
-  const element = (tag, className, content) => {
-    const made = document.createElement(tag);
-    made.className = className;
-    if (typeof content === "number") made.style.setProperty("--share", (content / most).toFixed(4));
-    else if (content !== undefined) made.textContent = content;
-    return made;
-  };
-  const [name, is_code] = visible(VOCABULARY.characters[id]);
-  const item = element("li", is_actual ? "actual" : "");
-  const track = element("span", "bar");
-  track.ariaHidden = "true";
-  track.append(element("i", "network", network), element("i", "settings-share", drawn));
-  const label = element("bdi", is_code ? "name code" : "name", name);
-  const details = `, ${percent(network)} before sampling settings${is_actual ? ", the character in the text" : ""}`;
-  item.append(label, track, element("span", "percent", percent(drawn)), element("span", "hidden", details));
-  item.title = `network: ${percent(network)}; with sampling settings: ${percent(drawn)}`;
-  return item;
-}
-
-function describe_seen(actual, network, order) {
+function describe_seen() {
+  const actual = actual_id();
   if (actual === null) return ["What would come next?"];
   const [name, is_code] = visible(VOCABULARY.characters[actual]);
-  const shown = document.createElement("bdi");
-  shown.textContent = !is_code ? `“${name}”` : name.startsWith("U+") ? name : `a ${name}`;
-  const surprise = (-Math.log2(network[actual])).toFixed(2);
-  const rank = order.indexOf(actual) + 1;
+  const shown = make("bdi", "", !is_code ? `“${name}”` : name.startsWith("U+") ? name : `a ${name}`);
+  const probability = softmax(inside.logits)[actual];
+  const rank = descending(inside.logits).indexOf(actual) + 1;
   const place = rank === 1 ? "its first guess" : `guess number ${grouped(rank)}`;
-  return ["The text has ", shown, `. Predicted probability: ${percent(network[actual])} (${place}), ${surprise} bits.`];
+  const surprise = (-Math.log2(probability)).toFixed(2);
+  return ["The text has ", shown, `. Predicted probability: ${percent(probability)} (${place}), ${surprise} bits.`];
 }
+
+// ---- the diagram: the stages of the network with the shapes of their results ----
+
+const { n_embd: C, n_head: H, n_layer: L } = DATA.config;
+const V = VOCABULARY.characters.length;
+
+// Each stage: its name, its shape for T characters, its explanation, and what shows its numbers.
+// `lens`: which result of the logit lens it has; `layer`: of its attention.
+const STAGES = [
+  { id: "characters", name: "Characters", shape: (T) => `(${T})`, explain: explain_characters, show: show_characters },
+  { id: "embeddings", name: "Embeddings", shape: (T) => `(${T}, ${C})`, lens: 0, explain: explain_embeddings,
+    show: show_embeddings },
+  ...Array.from({ length: L }, (_, layer) => [
+    { id: `attention ${layer}`, name: `Attention ${layer + 1}`, shape: (T) => `(${H}, ${T}, ${T})`, branch: true, layer,
+      explain: explain_attention, show: () => show_attention_numbers(layer) },
+    { id: `feed-forward ${layer}`, name: `Feed-forward ${layer + 1}`, shape: (T) => `(${T}, ${4 * C})`, branch: true,
+      explain: explain_feed_forward, show: () => show_hidden(layer) },
+    { id: `block ${layer}`, name: `After block ${layer + 1}`, shape: (T) => `(${T}, ${C})`, lens: layer + 1,
+      explain: explain_lens, show: () => show_lens(layer + 1) },
+  ]).flat(),
+  { id: "logits", name: "Logits", shape: (T) => `(${T}, ${V})`, explain: explain_logits, show: show_logits },
+  { id: "guess", name: "Sampling", shape: () => `(${V})`, explain: explain_guess, show: show_guess },
+]; // prettier-ignore
+
+const stage = () => STAGES.find(({ id }) => id === inside.stage);
+
+function fill_diagram() {
+  for (const entry of STAGES) {
+    entry.cells = ["name", "shape", "guess", "bits"].map((name) => make("span", name));
+    entry.cells[0].textContent = entry.name;
+    const button = make("button", "", ...entry.cells.slice(0, entry.branch ? 2 : 4));
+    button.type = "button";
+    button.addEventListener("click", () => (open_stage(entry.id), $("stage").scrollIntoView({ block: "nearest" })));
+    entry.button = button;
+    $("diagram").append(make("li", entry.branch ? "branch" : "", button));
+  }
+}
+
+function open_stage(id) {
+  inside.stage = id;
+  for (const entry of STAGES) entry.button.setAttribute("aria-current", entry.id === id);
+  const { layer } = stage();
+  if (layer === undefined) return show_details();
+  $("layer").value = layer;
+  choose_shade("attention");
+  if (inside.position) look();
+  else show_details();
+}
+
+function show_diagram() {
+  const { trace, weights } = inside;
+  const actual = trace && actual_id();
+  for (const { shape, lens, id, cells } of STAGES) {
+    const [, shape_cell, guess, surprise] = cells;
+    shape_cell.textContent = shape(trace ? weights.length : "T");
+    guess.textContent = surprise.textContent = "";
+    if (!trace) continue;
+    if (id === "guess" && actual !== null) guess.textContent = short(VOCABULARY.characters[actual]);
+    if (lens === undefined) continue;
+    const probabilities = softmax(trace.lens[lens]);
+    const best = argmax(probabilities);
+    guess.textContent = `${short(VOCABULARY.characters[best])}  ${percent(probabilities[best])}`;
+    if (actual !== null) surprise.textContent = (-Math.log2(probabilities[actual])).toFixed(2);
+  }
+}
+
+function show_details() {
+  const { name, explain, show, layer } = stage();
+  const { trace } = inside;
+  $("stage").textContent = name;
+  $("explanation").textContent = explain(trace !== null) + (trace ? "" : " Select a character to see its numbers.");
+  $("attention").hidden = !trace || layer === undefined;
+  $("guesses").hidden = !trace || show !== show_guess;
+  $("vectors").replaceChildren();
+  if (trace) show();
+}
+
+// A vector as a strip of colors with its numbers.
+function show_vector(title, values) {
+  const mean = values.reduce((sum, x) => sum + x, 0) / values.length;
+  const deviation = Math.sqrt(values.reduce((sum, x) => sum + (x - mean) ** 2, 0) / values.length);
+  const caption = `${title}: mean ${fixed(mean)}, standard deviation ${fixed(deviation)}`;
+  const canvas = make("canvas");
+  canvas.ariaHidden = "true";
+  const [up, down, numbers] = [make("i", "up"), make("i", "down"), make("p", "numbers")];
+  const all = make("details", "", make("summary", "", `All ${grouped(values.length)} numbers`), numbers);
+  all.addEventListener("toggle", () => {
+    numbers.textContent = Array.from(values, (x) => x.toFixed(4)).join("  ");
+  });
+  $("vectors").append(make("figure", "vector", make("figcaption", "", caption), canvas, up, down, all));
+  const colors = [up, down].map(channels_of);
+  const most = values.reduce((a, x) => Math.max(a, Math.abs(x)), 1e-9);
+  paint(canvas, values.length, 1, (i) => [...colors[values[i] > 0 ? 0 : 1], (255 * Math.abs(values[i])) / most]);
+}
+
+const fixed = (x) => (Number(x.toFixed(2)) || 0).toFixed(2); // not -0.00
+
+// The computed text color, as red, green and blue.
+const channels_of = (element) => getComputedStyle(element).color.match(/[\d.]+/g).slice(0, 3).map(Number);
+
+function paint(canvas, width, height, color) {
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(width, height);
+  for (let i = 0; i < width * height; i++) image.data.set(color(i), 4 * i);
+  context.putImageData(image, 0, 0);
+}
+
+const STRIP = " Strips: a column for each number, orange above 0, blue below.";
+
+function explain_characters() {
+  return (
+    `The vocabulary has ${grouped(V)} characters, and each has an id. The network computes with ids only, and with ` +
+    `at most ${grouped(DATA.config.block_size)} of them at once.`
+  );
+}
+
+function show_characters() {
+  const { first, weights } = inside;
+  const from = Math.max(0, weights.length - 20);
+  const row = (name, cells) => make("tr", "", make("th", "", name), ...cells.map((cell) => make("td", "", cell)));
+  const shown = Array.from({ length: weights.length - from }, (_, i) => first + from + i);
+  const table = make("table", "", make("tbody", "", ...shown.map((position) =>
+    row(String(position + 1), [visible(text.characters[position])[0], String(VOCABULARY.ids.get(text.characters[position]))])))); // prettier-ignore
+  table.prepend(make("thead", "", row("character", ["", "id"])));
+  const scroll = make("div", "scroll", table);
+  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "The last characters and their ids" });
+  $("vectors").append(scroll);
+  scroll.scrollTop = scroll.scrollHeight;
+}
+
+function explain_embeddings() {
+  const { position, ngrams, norm } = DATA.config;
+  return (
+    `Each id selects a row of ${grouped(C)} numbers from a table.` +
+    (position === "learned" ? " Each position adds a row of a second table." : " Positions act later: attention rotates queries and keys by them.") +
+    (ngrams ? " The last characters together (n-grams) select rows of further tables by a hash." : "") +
+    (norm === "plain" ? " The sum is normalized to mean 0 and variance 1." : " The sum enters the residual stream.") +
+    STRIP
+  ); // prettier-ignore
+}
+
+function show_embeddings() {
+  const { trace, seen } = inside;
+  for (const { table, index, vector } of trace.parts) {
+    const last = typeof table === "number" ? table : 1;
+    const name = text.characters.slice(Math.max(inside.first, seen - last), seen).map(short).join("");
+    const title = table === "position" ? `Position ${index}` : table === "token" ? `Character “${name}”, row ${index}`
+      : `Last ${table} characters “${name}”, row ${grouped(index)}`; // prettier-ignore
+    show_vector(title, vector);
+  }
+  show_lens(0, DATA.config.norm === "plain" ? "Sum, normalized" : "Sum");
+}
+
+function explain_lens() {
+  return (
+    "The residual stream: the embeddings plus the outputs of all blocks so far. Logit lens: the final norm and the " +
+    "head applied here, as if this were the last block." + STRIP
+  ); // prettier-ignore
+}
+
+function show_lens(index, title = "Residual stream") {
+  const { trace } = inside;
+  show_vector(title, index ? trace.blocks[index - 1].residual : trace.embeddings);
+  const list = make("ol", "bars");
+  list.ariaLabel = "The most likely next characters, by the logit lens";
+  const probabilities = softmax(trace.lens[index]);
+  const shown = with_actual(descending(trace.lens[index]).slice(0, 5));
+  const most = probabilities[shown[0]];
+  list.append(...shown.map((id) => bar(id, probabilities[id], null, most)));
+  $("vectors").append(make("p", "quiet", "The guess by the logit lens:"), list);
+}
+
+function explain_feed_forward() {
+  const name = { relu: "ReLU", gelu: "GELU", relu2: "ReLU squared" }[DATA.config.activation];
+  return (
+    `Each position by itself: a norm, then ${grouped(C)} numbers become ${grouped(4 * C)} hidden units with the ` +
+    `activation ${name}, and these ${grouped(C)} again, which are added to the residual stream.` + STRIP
+  ); // prettier-ignore
+}
+
+function show_hidden(layer) {
+  const { hidden, attention, residual } = inside.trace.blocks[layer];
+  const before = layer ? inside.trace.blocks[layer - 1].residual : inside.trace.embeddings;
+  const active = hidden.reduce((count, x) => count + (x > 0), 0);
+  show_vector(`Hidden units, ${grouped(active)} of ${grouped(hidden.length)} above 0`, hidden);
+  show_vector("Output, added to the residual stream", residual.map((x, c) => x - before[c] - attention[c]));
+}
+
+function explain_logits() {
+  return (
+    `The residual stream is normalized, and the head, a matrix of ${grouped(V)} rows, gives each character of the ` +
+    "vocabulary a number, its logit. Softmax makes probabilities of them: e to the logit, divided by the sum of all."
+  );
+}
+
+function show_logits() {
+  const { logits } = inside;
+  const probabilities = softmax(logits);
+  const row = (tag, ...cells) => make("tr", "", ...cells.map((cell) => make(tag, "", cell)));
+  const rows = descending(logits).slice(0, 100).map((id) =>
+    row("td", visible(VOCABULARY.characters[id])[0], logits[id].toFixed(3), number(Math.exp(logits[id])), probabilities[id].toFixed(4))); // prettier-ignore
+  const head = make("thead", "", row("th", "character", "logit", "e^logit", "probability"));
+  const scroll = make("div", "scroll", make("table", "", head, make("tbody", "", ...rows)));
+  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "Logits, most likely first" });
+  const total = logits.reduce((sum, logit) => sum + Math.exp(logit), 0);
+  $("vectors").append(scroll, make("p", "quiet", `Sum of e^logit over all characters: ${number(total)}`));
+}
+
+// A number with four significant digits or more, whatever its size.
+const number = (x) => {
+  const size = Math.abs(x);
+  return x === 0 ? "0" : size >= 1e5 || size < 1e-3 ? x.toExponential(3) : x.toFixed(size >= 100 ? 1 : 4);
+};
+
+// ---- guesses and sampling ----
+
+function explain_guess(selected) {
+  return selected
+    ? "Outline: the network's probability; filled: after temperature, top-k and top-p; framed: the character in the " +
+      "text. Click a guess to put that character here and continue from it."
+    : "Softmax turns logits into probabilities; temperature, top-k and top-p change them, and one character is drawn. " +
+      "The color of a character in the text shows its surprise in bits, -log2 of its predicted probability: 0 bits " +
+      "means the network was certain, 1 bit is a coin toss, 3 bits one chance in eight."; // prettier-ignore
+}
+
+function with_actual(ids) {
+  const actual = actual_id();
+  return actual === null || ids.includes(actual) ? ids : [...ids, actual];
+}
+
+function show_guess() {
+  const { logits } = inside;
+  const [network, drawn] = [softmax(logits), probabilities_of(logits, settings())];
+  const shown = with_actual(descending(logits).slice(0, BARS));
+  const most = Math.max(network[shown[0]], ...shown.map((id) => drawn[id]));
+  $("bars").replaceChildren(...shown.map((id) => bar(id, network[id], drawn[id], most, () => what_if(id))));
+  show_drawn(drawn);
+}
+
+// A guess with its probability before and after the sampling settings (or null); `pick`: on a click.
+function bar(id, network, drawn, most, pick = null) {
+  const [name, is_code] = visible(VOCABULARY.characters[id]);
+  const is_actual = id === actual_id();
+  const share = (className, p) => style(make("i", className), { share: (p / most).toFixed(4) });
+  const track = make("span", "bar", share(drawn === null ? "settings-share" : "network", network));
+  if (drawn !== null) track.append(share("settings-share", drawn));
+  track.ariaHidden = "true";
+  const label = make("bdi", is_code ? "name code" : "name", name);
+  const details = [
+    drawn !== null && `${percent(network)} before sampling settings`, is_actual && "the character in the text",
+    pick && "put it here and continue",
+  ].filter(Boolean); // prettier-ignore
+  const value = make("span", "percent", percent(drawn ?? network));
+  const row = make(pick ? "button" : "div", "", label, track, value, make("span", "hidden", `, ${details.join(", ")}`));
+  if (pick) {
+    row.type = "button";
+    row.addEventListener("click", pick);
+    row.title = `network: ${percent(network)}; with sampling settings: ${percent(drawn)}`;
+  }
+  return make("li", is_actual ? "actual" : "", row);
+}
+
+// Continue the text with another character at the selected position.
+function what_if(id) {
+  const { seen } = inside;
+  const number = attempt("seed", seed);
+  const chosen = { ...settings(), seed: number };
+  if (number === null || attempt("max_new_chars", () => check_form(chosen)) === null) return;
+  const before = text.characters.slice(0, seen).map((character) => VOCABULARY.ids.get(character));
+  const instead = seen < text.characters.length ? ` instead of ${quoted(text.characters[seen])}` : "";
+  const note = `What if: ${quoted_id(id)}${instead} at character ${grouped(seen + 1)}. `;
+  text.past.push({ ...text.request, position: seen });
+  const start = Math.min(text.request.start, seen);
+  run({ type: "write", prompt: [...before, id], settings: chosen, start, changed: seen, note });
+  select(seen);
+  $("text").focus({ preventScroll: true });
+}
+
+function undo() {
+  const request = text.past.pop();
+  run(request);
+  text.reselect = request.position;
+  $("text").focus({ preventScroll: true });
+}
+
+// The random number of the position, 0 to 1, on a bar of all probabilities side by side: it picks the
+// character in whose interval it is.
+function show_drawn(drawn) {
+  const { seen } = inside;
+  const { type, prompt, changed, settings: used } = text.request;
+  const chosen = settings();
+  $("cumulative").hidden = chosen.temperature === 0;
+  $("cumulative").replaceChildren();
+  let [seed_used, from] = [used?.seed ?? null, 0];
+  try {
+    seed_used ??= seed();
+  } catch {} // no valid seed to show a number for
+  if (chosen.temperature === 0 || seed_used === null) {
+    $("drawn").textContent = chosen.temperature === 0 ? "Temperature 0 takes the most likely character; no number is drawn." : "";
+    return;
+  }
+  const point = uniform(seed_used, 0, seen);
+  const picked = sample(inside.logits, chosen, point);
+  const total = drawn.reduce((a, b) => a + b, 0);
+  let interval = null;
+  drawn.forEach((probability, id) => {
+    const share = probability / total;
+    if (id === picked) interval = [from, from + share];
+    if (share > 0.002) {
+      const segment = make("i", id === picked ? "picked" : "", share > 0.05 ? visible(VOCABULARY.characters[id])[0] : "");
+      $("cumulative").append(style(segment, { from: from.toFixed(5), share: share.toFixed(5) }));
+    }
+    from += share;
+  });
+  $("cumulative").append(style(make("b"), { from: point.toFixed(5) }));
+  const given = type === "score" || seen < prompt.length;
+  const where = `${quoted_id(picked)} (${interval.map((x) => x.toFixed(4)).join(" to ")})`;
+  $("drawn").textContent =
+    seen === changed ? `You put this character here. The number ${point.toFixed(4)} picks ${where}.`
+    : given ? `This character was given, not drawn. The number ${point.toFixed(4)} of seed ${seed_used} would pick ${where}.`
+    : actual_id() === null || picked === actual_id() ? `The number drawn is ${point.toFixed(4)}, in the interval of ${where}.`
+    : `The number drawn is ${point.toFixed(4)}; with the settings as they are now it picks ${where}.`; // prettier-ignore
+}
+
+// ---- attention ----
 
 const shaded = []; // the characters with an attention weight
 
-function show_attention(weights, first) {
+function show_attention() {
+  const { weights, first, seen, trace } = inside;
   for (const span of shaded.splice(0)) span.style.removeProperty("--weight");
+  mark("from", trace ? seen - 1 : null);
   const most = weights.reduce((a, b) => Math.max(a, b), 0);
   weights.forEach((weight, i) => {
     const span = text.spans[first + i];
     span.style.setProperty("--weight", (weight / most).toFixed(3));
     shaded.push(span);
   });
-  mark("from", inside.seen - 1);
-  const by_weight = descending(weights).slice(0, 3);
-  const named = by_weight.map((i) => {
-    const [name, is_code] = visible(text.characters[first + i]);
-    return `${is_code ? name : `“${name}”`} (character ${first + i}, ${percent(weights[i])})`;
-  });
+}
+
+function explain_attention() {
+  return (
+    "Each head compares the query of a position with the keys of itself and the positions before it. Softmax of the " +
+    "scores gives the weights with which it averages their values." +
+    (DATA.config.position === "rotary" ? " Queries and keys are rotated by their position." : "")
+  );
+}
+
+function show_attention_numbers(layer) {
+  const { weights, first, trace } = inside;
+  const named = descending(weights).slice(0, 3).map((i) =>
+    `${quoted(text.characters[first + i])} (character ${first + i + 1}, ${percent(weights[i])})`); // prettier-ignore
   const who = $("head").value === "mean" ? "The heads of this layer" : "This head";
   $("looked").textContent =
-    `The network predicts this character at the position before it (dotted). ${who} attended to the characters ` +
-    `that “Shade by attention” highlights, most to ${named.join(", ")}. The context had ` +
-    `${grouped(weights.length)} ${weights.length === 1 ? "character" : "characters"}.`;
+    `The network predicts the selected character at the position before it (dotted in the text). ${who} attended most ` +
+    `to ${named.join(", ")}. The context had ${grouped(weights.length)} ${weights.length === 1 ? "character" : "characters"}.`;
+  if (trace.maps) show_maps(trace.maps);
+  $("cell").textContent = "Row: the position that attends; column: the one it attends to. Click a row to select what it predicts.";
+  show_product();
+  show_vector("Output of all heads, added to the residual stream", trace.blocks[layer].attention);
+}
+
+function show_maps({ from, n, weights }) {
+  const row = inside.seen - 1 - from;
+  inside.until = from + n - 1;
+  style($("maps"), { columns: H === 1 ? 1 : H > 4 ? 3 : 2 });
+  const maps = Array.from({ length: H }, (_, head) => {
+    const button = make("button", "", `Head ${head + 1}`);
+    button.type = "button";
+    button.setAttribute("aria-pressed", $("head").value === String(head));
+    button.addEventListener("click", () => choose_head(head));
+    const canvas = make("canvas");
+    canvas.role = "img";
+    canvas.ariaLabel = `Attention weights of head ${head + 1} among characters ${from + 1} to ${from + n}`;
+    const box = style(make("div", "", canvas, style(make("i"), { row: row / n })), { size: 1 / n });
+    box.head = head;
+    return make("div", "map", button, box);
+  });
+  $("maps").replaceChildren(...maps);
+  const color = channels_of(maps[0].querySelector("canvas"));
+  maps.forEach((map, head) =>
+    paint(map.querySelector("canvas"), n, n, (i) => [...color, 255 * Math.sqrt(weights[head * n * n + i])]),
+  );
+}
+
+// The cell of a map under the pointer: its head, and the positions of its query and key.
+function cell_at(event) {
+  const box = event.target.closest(".map div");
+  if (!box || !inside.trace?.maps) return null;
+  const { left, top, width, height } = box.getBoundingClientRect();
+  const { from, n, weights } = inside.trace.maps;
+  const inner = (x) => Math.max(0, Math.min(n - 1, Math.floor(x * n)));
+  const [row, column] = [inner((event.clientY - top) / height), inner((event.clientX - left) / width)];
+  const weight = weights[(box.head * n + row) * n + column];
+  return { head: box.head, query: from + row, key: from + column, weight };
+}
+
+function name_cell(event) {
+  const found = cell_at(event);
+  if (!found) return;
+  const { head, query, key, weight } = found;
+  const name = (position) => `${quoted(text.characters[position])} (${position + 1})`;
+  $("cell").textContent = `Head ${head + 1}, at ${name(query)}: ` +
+    (key > query ? "later characters are masked" : `weight ${weight.toFixed(4)} for ${name(key)}`); // prettier-ignore
+}
+
+function choose_cell(event) {
+  const found = cell_at(event);
+  if (!found) return;
+  $("head").value = found.head;
+  inside.key = found.key > found.query ? null : found.key;
+  choose_shade("attention");
+  select(found.query + 1);
+}
+
+function choose_head(head) {
+  $("head").value = head;
+  choose_shade("attention");
+  if (inside.position) look();
+}
+
+// Query times key of one head and one pair of characters, down to the attention weight.
+function show_product() {
+  const { trace: { pair }, first, seen, weights } = inside; // prettier-ignore
+  $("product").hidden = !pair;
+  if (!pair) return;
+  const { query, keys } = pair;
+  if (inside.key === null || inside.key < first || inside.key >= seen) inside.key = first + argmax(weights);
+  const key = keys[inside.key - first];
+  Object.assign($("key"), { min: first + 1, max: seen, value: inside.key + 1 });
+  const dot = (k) => query.reduce((sum, q, d) => sum + q * k[d], 0);
+  const D = query.length;
+  const cells = (...texts) => make("tr", "", ...texts.map((cell) => make("td", "", cell)));
+  $("products").tBodies[0].replaceChildren(
+    ...Array.from(query, (q, d) => cells(String(d + 1), q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4))),
+  );
+  const score = dot(key) / Math.sqrt(D);
+  const total = keys.reduce((sum, k) => sum + Math.exp(dot(k) / Math.sqrt(D)), 0);
+  $("weight").textContent =
+    `The query of ${quoted(text.characters[seen - 1])} (${seen}) and the key of ${quoted(text.characters[inside.key])} ` +
+    `(${inside.key + 1}): the products add up to ${number(dot(key))}. Divided by √${D}, the score is ${number(score)}. ` +
+    `e^score is ${number(Math.exp(score))}; divided by the sum over all ${grouped(keys.length)} characters of the ` +
+    `context, ${number(total)}, the weight is ${(Math.exp(score) / total).toFixed(4)}.`;
+  for (const mark of $("maps").querySelectorAll("i.key")) mark.remove();
+  const { from, n } = trace_maps();
+  const box = $("maps").children[Number($("head").value)]?.querySelector("div");
+  if (box && inside.key >= from)
+    box.append(style(make("i", "key"), { row: (seen - 1 - from) / n, column: (inside.key - from) / n }));
+}
+
+const trace_maps = () => inside.trace.maps || { from: Infinity, n: 1 };
+
+// ---- shading ----
+
+function choose_shade(value) {
+  document.querySelector(`input[name=shade][value=${value}]`).checked = true;
+  show_shade();
 }
 
 function show_shade() {
   const shade = document.querySelector("input[name=shade]:checked").value;
   $("text").dataset.shade = shade;
-  const scale = document.createElement("span");
-  scale.className = `scale ${shade}`;
+  const scale = make("span", `scale ${shade}`);
   $("legend").replaceChildren(
     ...{
-      surprise: ["expected", scale, `surprising (${MOST_BITS} bits or more). Italic: your prompt.`],
-      attention: ["no attention", scale, "most attention. Select a character to see what it attends to."],
+      surprise: ["0", scale, `${MOST_BITS} bits or more. Italic: your prompt.`],
+      attention: ["none", scale, "most attention"],
       nothing: [],
     }[shade],
   );
@@ -363,13 +869,14 @@ function show_shade() {
 // ---- keys and clicks ----
 
 function on_key(event) {
-  const here = inside.position ?? 0;
+  const here = inside.position;
+  const from = (move) => (here === null ? 0 : move());
   const moves = {
-    ArrowLeft: () => here - 1,
-    ArrowRight: () => here + 1,
-    ArrowUp: () => in_line(here, -1),
-    ArrowDown: () => in_line(here, 1),
-    Home: () => 1,
+    ArrowLeft: () => from(() => here - 1),
+    ArrowRight: () => from(() => here + 1),
+    ArrowUp: () => from(() => in_line(here, -1)),
+    ArrowDown: () => from(() => in_line(here, 1)),
+    Home: () => 0,
     End: () => text.characters.length,
   };
   if (event.altKey || event.ctrlKey || event.metaKey) return;
@@ -377,7 +884,6 @@ function on_key(event) {
   else if (event.key in moves && text.characters.length) {
     event.preventDefault();
     select(moves[event.key]());
-    text.spans[inside.position]?.scrollIntoView({ block: "nearest" });
   }
 }
 
@@ -420,40 +926,68 @@ function fill_choices() {
   $("top_k").max = VOCABULARY.characters.length;
   const defaults = { max_new_chars, temperature, seed, top_p: top_p ?? 1, top_k: top_k ?? $("top_k").max };
   for (const [id, value] of Object.entries(defaults)) $(id).value = value;
+  $("prompt").value = first_prompt();
+  for (const [id, value] of Object.entries(history.state ?? {})) if (FIELDS.includes(id)) $(id).value = value;
   $("same").textContent =
     "The same prompt, seed and settings give the same text here and in “python -m chargpt predict”.";
 }
 
+// A prompt to start with, in characters that the network knows.
+function first_prompt() {
+  const known = (text) => Array.from(text).every((character) => VOCABULARY.ids.has(character));
+  const { corpus } = DATA.figures;
+  const candidates = [corpus === "tiny-shakespeare" ? "ROMEO:\n" : "The ", "the ", "A", "a"];
+  const letter = VOCABULARY.characters.find((character) => /[\p{L}\p{N}]/u.test(character));
+  return candidates.find(known) ?? letter ?? VOCABULARY.opening;
+}
+
 function start() {
+  document.querySelector("main").hidden = false;
+  $("figures").textContent = "Loading the network …";
   fill_choices();
+  fill_diagram();
+  forget();
+  open_stage("guess");
+  show_inside();
   show_settings();
   show_shade();
   const on = (id, event, handler) => $(id).addEventListener(event, handler);
-  on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write()));
-  on("form", "input", show_settings);
+  const write_in_view = () => (write(), $("text").scrollIntoView({ block: "nearest" }));
+  on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write_in_view()));
+  on("form", "input", () => (show_settings(), save_form()));
   on("prompt", "keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write_in_view();
   });
+  on("text", "scroll", note_scroll);
+  const close = () => (clear_selection(), $("text").focus());
+  on("close", "click", close);
+  on("inside", "keydown", (event) => event.key === "Escape" && close());
   on("score", "click", score);
   on("stop", "click", () => ask("stop"));
   on("another", "click", () => {
     const number = attempt("seed", seed);
     if (number === null) return;
     $("seed").value = String(number + 1n);
+    show_settings();
+    save_form();
     write();
   });
   on("copy", "click", copy);
   on("text", "click", (event) => event.target.position !== undefined && select(event.target.position));
   on("text", "keydown", on_key);
-  on("position", "change", () => $("position").value && select($("position").valueAsNumber));
-  for (const id of ["layer", "head"])
-    on(id, "change", () => {
-      document.querySelector("input[value=attention]").checked = true;
-      show_shade();
-      if (inside.position) look();
-    });
+  on("position", "change", () => $("position").value && select($("position").valueAsNumber - 1));
+  on("undo", "click", undo);
+  on("layer", "change", () => open_stage(`attention ${$("layer").value}`));
+  on("head", "change", () => choose_head($("head").value));
+  on("key", "change", () => {
+    inside.key = $("key").value ? $("key").valueAsNumber - 1 : null;
+    if (inside.trace) show_product();
+  });
+  on("maps", "pointermove", name_cell);
+  on("maps", "click", choose_cell);
+  for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"])
+    matchMedia(query).addEventListener("change", show_inside); // canvases are painted with the colors in use
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
-  $("how").open = innerWidth > 900; // collapsed on phones, to leave space for the text
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });

@@ -16,7 +16,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -56,6 +56,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
+class Validation(NamedTuple):
+    """What a validation has measured, and of which weights."""
+
+    step: int
+    context: int  # length of the sequences
+    loss: float
+
+    def is_better_than(self, other: "Validation | None") -> bool:
+        """Losses are comparable at equal contexts only; the longest context so far counts."""
+        return other is None or (self.context, -self.loss) > (other.context, -other.loss)
+
+
 class RunCheckpoint(Checkpoint):
     """Saves `last.ckpt` and `best.ckpt` of a run, and stops the run when a signal asks to.
 
@@ -77,7 +89,7 @@ class RunCheckpoint(Checkpoint):
         self.should_stop = False  # at the end of the optimizer step
         self.saved_step: int | None = None
         self.validated_batch: int | None = None  # after which the last validation was
-        self.best_score: float | None = None  # of best.ckpt
+        self.best: Validation | None = None  # of best.ckpt
         self.restored_loss: float | None = None  # of the weights of a checkpoint
 
     def path(self, name: str) -> Path:
@@ -94,7 +106,7 @@ class RunCheckpoint(Checkpoint):
             self.acquire_lock()
             if self.path(BEST).is_file():
                 try:
-                    self.best_score = loss_of(read_checkpoint(self.path(BEST)))
+                    self.best = best_of(read_checkpoint(self.path(BEST)))
                 except UserError as error:
                     warnings.warn(f"{error}: the next validation replaces it", stacklevel=2)
 
@@ -172,11 +184,10 @@ class RunCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        val_loss = trainer.callback_metrics["val_loss"].item()
-        better = self.best_score is None or val_loss < self.best_score
-        if trainer.strategy.broadcast(better):
+        new = validation_of(trainer, module)
+        if trainer.strategy.broadcast(new.is_better_than(self.best)):
             trainer.save_checkpoint(self.path(BEST))
-            self.best_score = val_loss
+            self.best = new
         self.save_last(trainer)
         if signum := self.agreed_signal(trainer):
             self.stop(trainer, signum)
@@ -249,6 +260,20 @@ def validation_due(trainer: Trainer) -> bool:
     in_epoch = every is None or (trainer.current_epoch + 1) % every == 0
     due = trainer.should_stop or batches % (trainer.val_check_batch or 1) == 0
     return trainer.enable_validation and in_epoch and due
+
+
+def validation_of(trainer: Trainer, module: Any) -> Validation:
+    """The validation that has just ended."""
+    loss = trainer.callback_metrics["val_loss"].item()
+    return Validation(trainer.global_step, module.context, loss)
+
+
+def best_of(checkpoint: dict[str, Any]) -> Validation | None:
+    """The validation of a checkpoint's weights."""
+    loss, context = loss_of(checkpoint), checkpoint["chargpt"].get("context")
+    if loss is None or type(context) is not int:
+        return None
+    return Validation(checkpoint["global_step"], context, loss)
 
 
 def loss_of(checkpoint: dict[str, Any]) -> float | None:

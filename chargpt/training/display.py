@@ -1,115 +1,172 @@
-"""Callbacks that show a run: a report of the run, its throughput, and the progress bar."""
+"""Callbacks that show a run: a summary, a line per validation, its throughput, a progress bar."""
 
+import math
+import shlex
 import sys
 import time
 import warnings
-from contextlib import suppress
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 from chargpt.checkpoints import BEST
 from chargpt.text_generator import TextGenerator
-from chargpt.training.checkpointing import RunCheckpoint, sequences_per_step
-from chargpt.training.module import GPTModule, callbacks_of, datamodule_of
+from chargpt.training.checkpointing import RunCheckpoint, sequences_per_step, validation_of
+from chargpt.training.module import GPTModule, datamodule_of
 
-LONG_RUN_S = 30 * 60  # on a CPU, a longer run gets a hint
-TIMED_BATCHES = 3
+REDRAW_S = 0.5
 SAMPLE_CHARS = 300
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Progress bar of steps; it reads metrics, which waits for the device, only when drawn."""
+    """Progress bar of steps with the time left, in terminals and notebooks only.
+
+    It reads metrics, which waits for the device, only when it is drawn.
+    """
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        if not sys.stdout.isatty() and not hasattr(sys, "ps1"):  # notebooks have a prompt
+            self.disable()
+
+    @property
+    def train_description(self) -> str:
+        return step_of(self.trainer)
 
     def init_train_tqdm(self) -> Any:
-        bar = with_interval(super().init_train_tqdm())
-        bar.total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        bar.n = bar.initial = self.trainer.global_step  # of the checkpoint, when a run is resumed
-        bar.refresh()
+        self.drawn_at = -REDRAW_S
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
+        bar.total, bar.leave = None, False
         return bar
-
-    def init_validation_tqdm(self) -> Any:
-        return with_interval(super().init_validation_tqdm())
 
     def on_train_epoch_start(self, *args: Any) -> None:
         """Lightning would count the batches of this epoch."""
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        bar = self.train_progress_bar
-        if bar.update(trainer.global_step - bar.n):  # tqdm has drawn it
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        bar, now = self.train_progress_bar, time.perf_counter()
+        if bar.total is None:  # progress in steps or in time, whichever limits the run
+            bar.total, bar.initial = 1.0, module.progress  # above 0 when a run is resumed
+        if now - self.drawn_at > REDRAW_S:
+            bar.n, self.drawn_at = module.progress, now
+            bar.set_description_str(self.train_description, refresh=False)
             bar.set_postfix(self.get_metrics(trainer))
-
-    def on_validation_batch_end(self, *args: Any) -> None:
-        self.val_progress_bar.update()
-
-    def on_exception(self, *args: Any) -> None:
-        with suppress(TypeError):  # there is no bar yet
-            self.train_progress_bar.close()  # a message that follows starts on a new line
 
     def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
         return dict(trainer.progress_bar_metrics)  # without the version of the run
 
 
-def with_interval(bar: Any) -> Any:
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines
-    return bar
-
-
 class RunReport(Callback):
-    """Prints what is trained on what, and the best score; logs a text sample per validation."""
+    """Prints what is trained on what, and each validation; logs a text sample per validation."""
 
-    def __init__(self, run: RunCheckpoint | None) -> None:
-        self.run = run
+    def __init__(self, run: RunCheckpoint | None, show_samples: bool = False) -> None:
+        self.run, self.show_samples = run, show_samples
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.started_at = time.perf_counter()
         data, device = datamodule_of(trainer), trainer.strategy.root_device
         corpus, files = data.corpus, len(data.corpus.source.files)
         network = getattr(module, "gpt", module)  # without the second head
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        print(
+        on_cpu, bf16, hint = device.type == "cpu", "bf16" in str(trainer.precision), ""
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        multiplies_bf16 = capabilities.get("amx_bf16")
+        if on_cpu and bf16 and not multiplies_bf16:
+            warnings.warn("bf16 is slower than float32 on CPUs without AMX", stacklevel=1)
+        elif on_cpu and not bf16 and multiplies_bf16:
+            hint = " (--trainer.precision bf16-mixed may be faster on this CPU)"
+        devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
+        factors = f" ({data.hparams['batch_size']} x {devices} devices x {accumulate} accumulated)"
+        write(
             f"model    {sum(p.numel() for p in network.parameters()):,} parameters\n"
-            f"corpus   {corpus.source.path}: {len(corpus.tokens):,} characters"
-            f"{f' in {files:,} files' if files > 1 else ''}, {len(data.vocabulary)} distinct; "
-            f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation\n"
+            f"corpus   {corpus.source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
+            f"         {len(corpus.tokens):,} characters, {len(data.vocabulary)} distinct\n"
+            f"         {split}\n"
             f"batch    {sequences_per_step(trainer)} sequences of {data.hparams['block_size']} "
-            f"characters ({data.hparams['batch_size']} per device x {trainer.world_size} "
-            f"device{'s' * (trainer.world_size > 1)} x {trainer.accumulate_grad_batches} "
-            f"accumulation step{'s' * (trainer.accumulate_grad_batches > 1)})\n"
-            f"device   {name}, precision {trainer.precision}\n"
+            f"characters{factors if devices * accumulate > 1 else ''}\n"
+            f"device   {name}, precision {trainer.precision}{hint}\n"
             f"run      {self.run.folder if self.run else 'not saved'}"
         )
         if trainer.global_step:
-            print(f"resumed  after step {trainer.global_step}")
-        if device.type == "cpu" and "bf16" in str(trainer.precision):
-            warnings.warn("bf16 is slower than float32 on many CPUs", stacklevel=1)
+            write(f"resumed  after step {trainer.global_step}")
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_first = trainer.global_step == 1 and batch_idx + 1 == trainer.accumulate_grad_batches
+        if is_first and "train_loss" in trainer.callback_metrics:
+            loss = trainer.callback_metrics["train_loss"].item()
+            V = len(datamodule_of(trainer).vocabulary)
+            guess = f"random guessing: ln {V} = {math.log(V):.3f}"
+            write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            for logger in trainer.loggers if every > 1 else ():
+                logger.log_metrics({"train_loss": loss}, 0)  # Lightning's first is a later one
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert isinstance(module, GPTModule)
+        new, metrics = validation_of(trainer, module), trainer.callback_metrics
+        bits = new.loss / math.log(2)
+        best = "*" if self.run and new.is_better_than(self.run.best) else " "
+        line = f"{step_of(trainer)}  val_loss {new.loss:.3f}{best} ({bits:.2f} bits)"
+        if "train_loss" in metrics:  # of one batch
+            line += f"  train {metrics['train_loss']:.2f}"
+        if "chars_per_second" in metrics:
+            line += f"  {tqdm.format_sizeof(metrics['chars_per_second'].item())} chars/s"
+        elapsed = tqdm.format_interval(time.perf_counter() - self.started_at)
+        write(f"{line}  {elapsed.removeprefix('0')}")
         boards = tensorboards(trainer)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and boards:
-            assert isinstance(module, GPTModule)
-            generator = TextGenerator(module.gpt, module.vocabulary)
+        if boards or self.show_samples:
+            gpt = copy(module.gpt)
+            gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
+            generator = TextGenerator(gpt, module.vocabulary)
             text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
             indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim
             for board in boards:
                 board.experiment.add_text("sample", indented, trainer.global_step)
+            if self.show_samples and sys.stdout.isatty():
+                write(indented)
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         for stopping in trainer.early_stopping_callbacks:
             if stopping.stopping_reason_message:
-                print(f"\nEarlyStopping stopped the run: {stopping.stopping_reason_message}")
-        if self.run and self.run.best_score is not None:
-            print(f"\nbest validation loss {self.run.best_score:.4f}: {self.run.path(BEST)}")
+                write(f"EarlyStopping stopped the run: {stopping.stopping_reason_message}")
+        if self.run and (best := self.run.best):
+            write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
+            if more := trainer.global_step - best.step:
+                write(
+                    f"{more} more steps did not lower it; if train_loss fell, the network overfits"
+                )
+            path = shlex.quote(str(self.run.path(BEST)))
+            write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
             for board in tensorboards(trainer):
                 hparams = {**datamodule_of(trainer).hparams, **module.hparams}
-                scores = {"best_val_loss": self.run.best_score}
+                scores = {"best_val_loss": best.loss}
                 board.log_hyperparams(hparams, scores, step=trainer.global_step)
+
+
+def write(text: str) -> None:
+    """Print above a progress bar, if there is one."""
+    tqdm.write(text, file=sys.stdout)
+
+
+def step_of(trainer: Trainer) -> str:
+    total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+    return f"step {trainer.global_step}{total}"
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -117,14 +174,14 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 
 class Throughput(Callback):
-    """Logs `chars_per_second` over all devices, and announces a long run on a CPU.
+    """Logs `chars_per_second` over all devices.
 
     The first batch (which warms up, or compiles) and those after a validation are not timed.
     """
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.ended_at: float | None = None
-        self.batches, self.seconds, self.hinted = 0, 0.0, False
+        self.batches, self.seconds = 0, 0.0
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.ended_at = None
@@ -138,23 +195,7 @@ class Throughput(Callback):
             self.seconds += now - self.ended_at
         self.ended_at = now
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = self.batches > 0 and every > 0 and trainer.global_step % every == 0
-        if not self.hinted and (logs or self.batches == TIMED_BATCHES):
-            self.hinted = True
-            warn_if_long(trainer, self.seconds / self.batches)
-        if logs:
+        if self.batches > 0 and every > 0 and trainer.global_step % every == 0:
             characters = self.batches * batch.size(0) * (batch.size(1) - 1) * trainer.world_size
-            module.log("chars_per_second", characters / self.seconds, prog_bar=True)
+            module.log("chars_per_second", characters / self.seconds)
             self.batches, self.seconds = 0, 0.0
-
-
-@rank_zero_only
-def warn_if_long(trainer: Trainer, seconds_per_batch: float) -> None:
-    seconds = seconds_per_batch * trainer.accumulate_grad_batches
-    left = seconds * (trainer.max_steps - trainer.global_step)
-    timed = callbacks_of(trainer, Timer)
-    if trainer.strategy.root_device.type == "cpu" and not timed and left > LONG_RUN_S:
-        print(
-            f"\nthis run will take about {left / 3600:.1f} hours on this CPU "
-            f"({seconds:.1f} s per step)\n--config cpu is made for CPUs and takes minutes"
-        )

@@ -122,7 +122,7 @@ class GPTModule(LightningModule):
         self.save_hyperparameters(asdict(self.config))
         # NaN counts: a loss that is not a number must not vanish from the mean.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
-        self.progress = 0.0  # fraction of the run that is over
+        self.progress = 1.0  # fraction of the run that is over; set by each training batch
         self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
 
     @classmethod
@@ -158,6 +158,11 @@ class GPTModule(LightningModule):
         if self.config.compile:
             self.hidden_states = torch.compile(GPT.hidden_states)
 
+    @property
+    def context(self) -> int:
+        """The context length that the run trains on at present."""
+        return self.config.context_at(self.progress)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the next character at every position, (B, T) -> (B, T, V)."""
         return self.gpt(ids)
@@ -186,6 +191,7 @@ class GPTModule(LightningModule):
             raise diverged("a weight", math.nan, self.global_step)
         ours = describe(self.vocabulary)
         checkpoint["vocabulary"] = ours["vocabulary"]
+        ours["chargpt"]["context"] = self.context
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,8 +221,7 @@ class GPTModule(LightningModule):
         self.progress = min(1.0, max(steps, elapsed_fraction(self.trainer)))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        batch = batch.long()  # (B, T + 1), narrow integers until here
-        context = self.config.context_at(self.progress)
+        batch, context = batch.long(), self.context  # (B, T + 1), narrow integers until here
         # A sequence of T characters becomes T / context shorter ones.
         ids, targets = batch[:, :-1].reshape(-1, context), batch[:, 1:].reshape(-1, context)
         self.seed_dropout(batch_idx)
@@ -237,7 +242,7 @@ class GPTModule(LightningModule):
     @property
     def logs_this_step(self) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 if barebones
-        return every > 0 and (self.global_step + 1) % every == 0
+        return every > 0 and (self.global_step == 0 or (self.global_step + 1) % every == 0)
 
     def log_progress(self, loss: Tensor) -> None:
         # The mean of all ranks, which then stop together; reduced in place, so a copy.
@@ -255,9 +260,15 @@ class GPTModule(LightningModule):
         if len(batch) == 0:  # a rank with no sequence left
             return
         batch = batch.long()
-        ids, targets = batch[:, :-1], batch[:, 1:]
-        loss = self.loss(self.hidden_states(self.gpt, ids), targets)
-        self.mean_loss.update(loss, targets.numel())
+        T = batch.size(1) - 1
+        # While a run trains on short contexts, longer ones would only show that it has not yet.
+        context = min(T, self.context) if self.trainer.state.fn == "fit" else T
+        size = T // context * context  # the last sequence of a split may leave a rest
+        for ids, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1)):
+            length = min(context, ids.size(1))
+            ids, targets = ids.reshape(-1, length), targets.reshape(-1, length)
+            loss = self.loss(self.hidden_states(self.gpt, ids), targets)
+            self.mean_loss.update(loss, targets.numel())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all characters of the split, in nats and in bits (bpc)."""
@@ -265,7 +276,7 @@ class GPTModule(LightningModule):
         loss = self.mean_loss.compute()  # of all ranks together
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
-        self.log(f"{split}_loss", loss, prog_bar=True)
+        self.log(f"{split}_loss", loss)
         self.log(f"{split}_bpc", loss / math.log(2))
 
     on_test_epoch_start = on_validation_epoch_start

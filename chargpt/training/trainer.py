@@ -43,6 +43,7 @@ def make_trainer(
     limit_train_batches: int | float | None = None,  # Lightning's Optional[Union] parses 1 as 1.0
     limit_val_batches: int | float | None = None,
     limit_test_batches: int | float | None = None,
+    show_samples: bool = False,
     **settings: Any,
 ) -> Trainer:
     """A Trainer that saves, resumes and displays a run as `python -m chargpt fit` does.
@@ -57,6 +58,7 @@ def make_trainer(
         limit_train_batches: Batches of an epoch; the next one continues where it ends.
         limit_val_batches: Batches to validate on: 1 is one batch, 0.5 half of them, 1.0 all.
         limit_test_batches: Batches to test on, in the same way.
+        show_samples: Print the text sample of each validation too, in a terminal.
         settings: More arguments of `lightning.Trainer`.
     """
     limits = dict(zip(LIMITS, (limit_train_batches, limit_val_batches, limit_test_batches)))
@@ -79,10 +81,10 @@ def make_trainer(
             logger = TensorBoardLogger(root.parent, "", root.name, default_hp_metric=False)
 
     if not settings.get("barebones"):
-        callbacks += [RunReport(run), Throughput()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if settings.get("enable_progress_bar") is not False and not has_bar:
             callbacks.append(StepProgressBar())
+        callbacks += [RunReport(run, show_samples), Throughput()]
     if SLURMEnvironment.detect() and not any(isinstance(p, SLURMEnvironment) for p in plugins):
         plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoint handles its signals
     plugins.append(AtomicCheckpointIO())

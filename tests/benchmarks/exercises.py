@@ -15,23 +15,25 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from ladder import whole_split_loss
+from ladder import Text, whole_split_loss
 from torch import Tensor
 
 from chargpt import textbook
+from chargpt.explain import all_heads
 from chargpt.textbook import BigramLangModel, Head
 
 
-def train(text: str, **sizes: float) -> float:
-    """Train the small textbook network and return its loss on the whole validation split."""
+def train(text: Text, **changes: float) -> tuple[BigramLangModel, float]:
+    """Train the small textbook network; returns it with its loss on the whole validation split."""
     torch.manual_seed(1337)
-    textbook.prepare(text, **textbook.SMALL | sizes)
-    textbook.train()
-    return whole_split_loss(textbook.model, textbook.data["val"])
+    model = BigramLangModel(len(text.itos), **textbook.SMALL)
+    data = {"train": text.train, "val": text.val}
+    textbook.train(model, data, **textbook.SMALL_TRAINING | changes)
+    return model, whole_split_loss(model, text.val)
 
 
-def temperature(text: str, model: BigramLangModel) -> None:
-    known = set(re.findall(r"[A-Za-z']+", text[: len(textbook.data["train"])]))
+def temperature(model: BigramLangModel, text: Text) -> None:
+    known = set(re.findall(r"[A-Za-z']+", textbook.decode(text.train.tolist(), text.itos)))
     weight, bias = model.head.weight.clone(), model.head.bias.clone()
     for value in (0.5, 1.0, 1.5):
         with torch.no_grad():  # logits / temperature
@@ -39,7 +41,8 @@ def temperature(text: str, model: BigramLangModel) -> None:
             model.head.bias.copy_(bias / value)
         torch.manual_seed(1)
         ids = model.generate(torch.zeros(16, 1, dtype=torch.long), 500)
-        words = re.findall(r"[A-Za-z']+", "\n".join(textbook.decode(row.tolist()) for row in ids))
+        generated = "\n".join(textbook.decode(row, text.itos) for row in ids.tolist())
+        words = re.findall(r"[A-Za-z']+", generated)
         fraction = sum(word in known for word in words) / len(words)
         print(
             f"1. temperature {value}: {fraction:.0%} of {len(words)} words are in the training text"
@@ -53,6 +56,20 @@ def without_root(head: Head, x: Tensor) -> Tensor:
     q, k = head.query(x), head.key(x)
     future = torch.ones(x.size(1), x.size(1)).triu(diagonal=1).bool()
     return (q @ k.transpose(1, 2)).masked_fill(future, -math.inf).softmax(dim=-1)
+
+
+@torch.no_grad()
+def largest_weights(text: Text) -> None:
+    """Mean largest attention weight of the untrained network, in rows of the second half."""
+    torch.manual_seed(1337)
+    model = BigramLangModel(len(text.itos), **textbook.SMALL)
+    idx, _ = textbook.get_batch(text.val, model.block_size, batch_size=64)
+    for name, weights in (("with", Head.weights), ("without", without_root)):
+        rows = [
+            weights(head, x)[:, model.block_size // 2 :] for _, head, x in all_heads(model, idx)
+        ]
+        mean = torch.stack(rows).amax(dim=-1).mean()
+        print(f"4. largest weight {name} the square root, before training: {mean:.2f}")
 
 
 def without_mask(head: Head, x: Tensor) -> Tensor:
@@ -84,8 +101,8 @@ def without_positions(model: BigramLangModel, idx: Tensor, targets: Tensor | Non
 
 
 @torch.no_grad()
-def by_position(model: BigramLangModel) -> None:
-    val, T = textbook.data["val"], model.block_size
+def by_position(model: BigramLangModel, text: Text) -> None:
+    val, T = text.val, model.block_size
     whole = (len(val) - 1) // T * T
     x, y = val[:whole].view(-1, T), val[1 : whole + 1].view(-1, T)
     losses = torch.cat(
@@ -99,14 +116,14 @@ def by_position(model: BigramLangModel) -> None:
 
 
 @torch.no_grad()
-def without_each_head(model: BigramLangModel) -> None:
-    print(f"7. all heads: {whole_split_loss(model, textbook.data['val']):.3f}")
+def without_each_head(model: BigramLangModel, text: Text) -> None:
+    print(f"7. all heads: {whole_split_loss(model, text.val):.3f}")
     for number, block in enumerate(model.blocks, start=1):
         weight, n_head = block.attention.projection.weight, len(block.attention.heads)
         kept, D = weight.clone(), weight.size(1) // n_head
         for head in range(n_head):
             weight[:, head * D : (head + 1) * D] = 0
-            loss = whole_split_loss(model, textbook.data["val"])
+            loss = whole_split_loss(model, text.val)
             print(f"7. without head {head + 1} of block {number}: {loss:.3f}")
             weight.copy_(kept)
 
@@ -118,21 +135,25 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--only", nargs="+", type=int, default=[1, 3, 4, 5, 6, 7, 9])
     options = parser.parse_args()
-    text, only = textbook.read_text(options.text), options.only
+    text, only = Text.of(textbook.read_text(options.text)), options.only
     changes = {
-        3: ("a tenth of the learning rate", Head.weights, {"lr": textbook.SMALL["lr"] / 10}),
+        3: (
+            "a tenth of the learning rate",
+            Head.weights,
+            {"lr": textbook.SMALL_TRAINING["lr"] / 10},
+        ),
         4: ("no square root", without_root, {}),
         5: ("no mask", without_mask, {}),
         9: ("rotary positions", rotary, {}),
     }
     if {1, 6, 7} & set(only):
-        print(f"the unchanged textbook: {train(text):.3f}")
-        model = textbook.model.eval()
-        for number, measure in ((1, lambda m: temperature(text, m)), (6, by_position)):
+        model, loss = train(text)
+        print(f"the unchanged textbook: {loss:.3f}")
+        for number, measure in ((1, temperature), (6, by_position), (7, without_each_head)):
             if number in only:
-                measure(model)
-        if 7 in only:
-            without_each_head(model)
+                measure(model, text)
+    if 4 in only:
+        largest_weights(text)
     for number in sorted(changes.keys() & set(only)):
         name, weights, sizes = changes[number]
         forward = without_positions if number == 9 else BigramLangModel.forward
@@ -140,7 +161,7 @@ def main() -> None:
             patch.object(Head, "weights", weights),
             patch.object(BigramLangModel, "forward", forward),
         ):
-            print(f"{number}. {name}: {train(text, **sizes):.3f}", flush=True)
+            print(f"{number}. {name}: {train(text, **sizes)[1]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,9 @@ class Rung(NamedTuple):
     dropout: float = 0.0
     fraction: float = 1.0  # of the training split
 
-    def build(self) -> BigramLangModel:
-        sizes = {name: textbook.SMALL[name] for name in ("block_size", "n_embed", "n_head")}
-        model = BigramLangModel(
-            len(textbook.stoi), **sizes, n_layer=self.layers, dropout=self.dropout
-        )
+    def build(self, V: int) -> BigramLangModel:
+        changes = dict(n_layer=self.layers, dropout=self.dropout)
+        model = BigramLangModel(V, **textbook.SMALL | changes)
         if not self.positions:
             model.position_embedding = Zero()
         if not self.norms:
@@ -110,6 +108,19 @@ RUNGS = [
 ]
 
 
+class Text(NamedTuple):
+    """A text as the textbook prepares it."""
+
+    itos: dict[int, str]
+    train: Tensor  # ids
+    val: Tensor
+
+    @classmethod
+    def of(cls, text: str) -> "Text":
+        _, itos, data = textbook.prepare(text)
+        return cls(itos, **data)
+
+
 class Result(NamedTuple):
     rung: str
     parameters: int
@@ -139,51 +150,46 @@ def a_line(text: str) -> str:
     return (lines or [text.replace("\n", " ").strip()])[0][:60]
 
 
-def counting(name: str, order: int, seed: int) -> Result:
+def counting(name: str, text: Text, order: int, seed: int) -> Result:
     """Counts of how often each character followed the `order` - 1 before it, plus 0.1."""
-    start, V = time.perf_counter(), len(textbook.stoi)
-    train, val = (textbook.data[split].cpu() for split in ("train", "val"))
+    start, V = time.perf_counter(), len(text.itos)
 
     def entries(ids: Tensor) -> Tensor:
         """The index in the table of each character with the ones before it, (N,)."""
         padded = F.pad(ids, (order - 1, 0))
         return sum(padded[i : i + len(ids)] * V ** (order - 1 - i) for i in range(order))
 
-    table = torch.bincount(entries(train), minlength=V**order).view(-1, V) + 0.1
+    table = torch.bincount(entries(text.train), minlength=V**order).view(-1, V) + 0.1
     probabilities = table / table.sum(dim=-1, keepdim=True)  # (V^(order - 1), V)
-    loss = -probabilities.flatten()[entries(val)][1:].log().mean().item()
+    loss = -probabilities.flatten()[entries(text.val)][1:].log().mean().item()
     torch.manual_seed(seed)
     ids = [0] * order
     for _ in range(200):
         row = sum(i * V**power for power, i in enumerate(ids[:-order:-1]))
         ids.append(int(torch.multinomial(probabilities[row], num_samples=1)))
     seconds = time.perf_counter() - start
-    return Result(name, table.numel(), loss, seconds, a_line(textbook.decode(ids)))
+    return Result(name, table.numel(), loss, seconds, a_line(textbook.decode(ids, text.itos)))
 
 
-def train(rung: Rung, text: str, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
-    textbook.prepare(
-        text, **textbook.SMALL | dict(epochs=steps, eval_interval=steps + 1, eval_characters=1)
-    )
-    split = textbook.data["train"]
-    textbook.data["train"] = split[: int(rung.fraction * len(split))]
+def train(rung: Rung, text: Text, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
+    data = {"train": text.train[: int(rung.fraction * len(text.train))], "val": text.val}
     torch.manual_seed(seed)
-    textbook.model = model = rung.build().to(split.device)
+    model = rung.build(len(text.itos))
     torch.manual_seed(seed)  # the same batches for all, however many weights were initialized
     start = time.perf_counter()
+    changes = dict(epochs=steps, eval_interval=steps + 1, eval_characters=1)
     with contextlib.redirect_stdout(sys.stderr):
-        textbook.train()
+        textbook.train(model, data, **textbook.SMALL_TRAINING | changes)
     seconds = time.perf_counter() - start
-    return measure(rung.name, model, seconds, seed), model
+    return measure(rung.name, model, text, seconds, seed), model
 
 
-def measure(name: str, model: BigramLangModel, seconds: float, seed: int) -> Result:
-    loss = whole_split_loss(model, textbook.data["val"])
+def measure(name: str, model: BigramLangModel, text: Text, seconds: float, seed: int) -> Result:
+    loss = whole_split_loss(model, text.val)
     torch.manual_seed(seed)
-    start = torch.zeros(1, 1, dtype=torch.long, device=textbook.data["val"].device)
-    sample = model.generate(start, 200)[0].tolist()
+    sample = model.generate(torch.zeros(1, 1, dtype=torch.long), 200)[0].tolist()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result(name, parameters, loss, seconds, a_line(textbook.decode(sample)))
+    return Result(name, parameters, loss, seconds, a_line(textbook.decode(sample, text.itos)))
 
 
 def engine(path: Path, seed: int) -> Result:
@@ -223,11 +229,10 @@ def engine(path: Path, seed: int) -> Result:
 
 
 def results(options: argparse.Namespace) -> Iterator[Result]:
-    text = textbook.read_text(options.text)
-    textbook.prepare(text)
+    text = Text.of(textbook.read_text(options.text))
     for order, unit in enumerate(("single characters", "pairs", "triples", "fours"), start=1):
         if selected(name := f"counts of {unit}", options.only):
-            yield counting(name, order, options.seed)
+            yield counting(name, text, order, options.seed)
     for rung in RUNGS:
         if not selected(rung.name, options.only):
             continue
@@ -236,7 +241,7 @@ def results(options: argparse.Namespace) -> Iterator[Result]:
         if rung.name.endswith("the textbook"):
             for block in model.blocks:
                 block.attention = Zero()
-            yield measure("... attention removed after training", model, 0.0, options.seed)
+            yield measure("... attention removed after training", model, text, 0.0, options.seed)
     if selected("the engine", options.only):
         yield engine(options.text, options.seed)
 
@@ -271,7 +276,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=textbook.SMALL["epochs"])
+    parser.add_argument("--steps", type=int, default=textbook.SMALL_TRAINING["epochs"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--only", nargs="+", default=[], help="models whose names contain one of these"

@@ -60,7 +60,7 @@ worker.onmessage = ({data}) => {
   worker.onmessage = before;
   done(positions.map((position) => found[position]));
 };
-for (const position of positions) ask("look", {position, layer: 0, head: null});
+for (const position of positions) ask("look", {position, layer: 0, head: null, until: null});
 """
 LOOK = """
 const [position, done] = arguments;

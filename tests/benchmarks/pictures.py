@@ -4,20 +4,21 @@
 
 Trains the small size of chargpt/textbook.py once (two minutes on two cores) and draws two figures.
 `attention.png` shows the attention weights of three heads on one line, selected by their mean
-weights on a batch of the validation split. `growth.png` shows the loss curve, and text generated
-after 0, 100, 500, 1000 and all steps. Needs matplotlib.
+weights on a batch of the validation split. `growth.png` shows the loss on the whole validation
+split, and text generated after 0, 100, 500, 1000 and all steps. Needs matplotlib.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from ladder import Text, whole_split_loss
 
 from chargpt import textbook
+from chargpt.explain import all_heads, visible
 from chargpt.textbook import BigramLangModel
-from chargpt.textbook_walk import all_heads, visible
 
 LINE = "But, soft! what light through yonder"
 SAMPLE_STEPS = (0, 100, 500, 1000)  # steps at which text is generated, in addition to the last
@@ -35,60 +36,61 @@ def main() -> None:
     )
     parser.add_argument("text", type=Path)
     parser.add_argument("--line", default=LINE, help="the line whose attention weights are drawn")
-    parser.add_argument("--steps", type=int, default=textbook.SMALL["epochs"])
+    parser.add_argument("--steps", type=int, default=textbook.SMALL_TRAINING["epochs"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "figures")
     options = parser.parse_args()
+    text = Text.of(textbook.read_text(options.text))
     torch.manual_seed(options.seed)
-    textbook.prepare(
-        textbook.read_text(options.text), **textbook.SMALL | dict(epochs=options.steps)
-    )
-    curve, samples = train()
-    draw_growth(curve, samples, options.folder / "growth.png")
-    draw_attention(textbook.model, options.line, options.folder / "attention.png")
+    model = BigramLangModel(len(text.itos), **textbook.SMALL)
+    curve, samples = train(model, text, options.steps)
+    draw_growth(curve, samples, len(text.itos), options.folder / "growth.png")
+    draw_attention(model, text, options.line, options.folder / "attention.png")
 
 
 # --- Growth ------------------------------------------------------------------------------------
 
 
-def train() -> tuple[list[tuple[int, float]], list[tuple[int, float, str]]]:
-    """Train; return (step, validation loss) every 100 steps, and (step, loss, text) of samples."""
-    curve, samples = [], []
-    estimate = textbook.estimate_loss
+Curve = list[tuple[int, float]]  # (step, validation loss)
+Samples = list[tuple[int, float, str]]  # (step, validation loss, text)
 
-    def record() -> dict[str, float]:
-        step = len(curve) * textbook.eval_interval
-        losses = estimate()
-        curve.append((step, losses["val"]))
-        if step in SAMPLE_STEPS or step == textbook.epochs:
-            samples.append((step, losses["val"], generate()))
-        return losses
 
-    textbook.eval_interval = 100
+def train(model: BigramLangModel, text: Text, steps: int) -> tuple[Curve, Samples]:
+    """Train; return the loss every 100 steps, and the samples."""
+    curve, samples, every = [], [], 100
+
+    def record(*_: object) -> dict[str, float]:
+        step, loss = len(curve) * every, whole_split_loss(model, text.val)
+        curve.append((step, loss))
+        if step in SAMPLE_STEPS or step == steps:
+            samples.append((step, loss, generate(model, text)))
+        model.train()
+        return {"train": float("nan"), "val": loss}
+
     textbook.estimate_loss = record  # called by `textbook.train`
-    textbook.train()
+    changes = dict(epochs=steps, eval_interval=every)
+    textbook.train(
+        model, {"train": text.train, "val": text.val}, **textbook.SMALL_TRAINING | changes
+    )
     return curve, samples
 
 
-def generate() -> str:
-    textbook.model.eval()
+def generate(model: BigramLangModel, text: Text) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        start = torch.zeros(1, 1, dtype=torch.long, device=textbook.data["val"].device)
-        ids = textbook.model.generate(start, SAMPLE_CHARS)
-    textbook.model.train()
-    return textbook.decode(ids[0].tolist()).strip()
+        ids = model.generate(torch.zeros(1, 1, dtype=torch.long), SAMPLE_CHARS)
+    return textbook.decode(ids[0].tolist(), text.itos).strip()
 
 
-def draw_growth(curve: list, samples: list, picture: Path) -> None:
+def draw_growth(curve: Curve, samples: Samples, V: int, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, figsize=(8, 9), height_ratios=(1, 1.9))
     above.plot(*zip(*curve), marker=".", color="C0")
-    guess = torch.tensor(len(textbook.stoi)).log().item()
+    guess = math.log(V)
     above.axhline(guess, color="C7", linestyle=":", linewidth=1)
     above.annotate(
-        f"random guessing: ln {len(textbook.stoi)} = {guess:.2f}",
+        f"random guessing: ln {V} = {guess:.2f}",
         (curve[-1][0], guess - 0.2),
         ha="right",
     )
@@ -114,12 +116,12 @@ def draw_growth(curve: list, samples: list, picture: Path) -> None:
 
 
 @torch.no_grad()
-def mean_weights(model: BigramLangModel) -> dict[str, dict[str, float]]:
+def mean_weights(model: BigramLangModel, text: Text) -> dict[str, dict[str, float]]:
     """Mean attention weight of each head on three kinds of positions, for a validation batch."""
-    idx, _ = textbook.get_batch("val")
+    idx, _ = textbook.get_batch(text.val, model.block_size, batch_size=16)
     T = idx.size(1)
     previous = torch.eye(T).roll(1, 0).tril(-1)  # row t, column t - 1
-    space = torch.tensor([textbook.itos[i] in " \n" for i in range(len(textbook.itos))])[idx.cpu()]
+    space = torch.tensor([character in " \n" for character in text.itos.values()])[idx]
     position = torch.arange(T)
     last_space = (
         torch.where(space, position, -1).cummax(dim=1).values
@@ -128,7 +130,7 @@ def mean_weights(model: BigramLangModel) -> dict[str, dict[str, float]]:
     far = (position.unsqueeze(1) - position >= 8).float()
     means = {}
     for name, head, x in all_heads(model, idx):
-        weights = head.weights(x).cpu()
+        weights = head.weights(x)
         means[name] = {
             "the previous character": (weights * previous).sum(-1).mean().item(),
             "the space before the word": (weights * starts).sum(-1).mean().item(),
@@ -138,13 +140,14 @@ def mean_weights(model: BigramLangModel) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def draw_attention(model: BigramLangModel, line: str, picture: Path) -> None:
+def draw_attention(model: BigramLangModel, text: Text, line: str, picture: Path) -> None:
     from matplotlib import pyplot
 
     model.eval()
-    idx: Tensor = torch.tensor([textbook.encode(line)], device=textbook.data["val"].device)
-    weights = {name: head.weights(x)[0].cpu() for name, head, x in all_heads(model, idx)}
-    means = mean_weights(model)
+    stoi = {character: i for i, character in text.itos.items()}
+    idx = torch.tensor([textbook.encode(line, stoi)])
+    weights = {name: head.weights(x)[0] for name, head, x in all_heads(model, idx)}
+    means = mean_weights(model, text)
     kinds = next(iter(means.values())).keys()
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.6 * len(kinds), 6))
     for panel, kind in zip(panels, kinds):

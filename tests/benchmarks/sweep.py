@@ -25,7 +25,7 @@ def val_loss(config: str, steps: int, flags: list[str]) -> float:
     fit += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(fit, cwd=folder, capture_output=True, text=True)
-    found = re.search(r"best validation loss (\S+):", run.stdout + run.stderr)
+    found = re.search(r"best validation loss (\S+)", run.stdout + run.stderr)
     if not found:
         print("\n".join(run.stderr.strip().splitlines()[-2:]), file=sys.stderr)
     return float(found[1]) if found else math.inf

@@ -17,6 +17,7 @@ from .configuration_chargpt import ChargptConfig
 from .errors import UserError
 from .gpt import GPT
 from .kv_cache import CacheStep
+from .ngrams import NgramEmbedding  # noqa: F401  (transformers 5.0 copy only what is imported here)
 from .rotary import rotary_angles
 
 
