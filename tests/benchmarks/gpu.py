@@ -270,9 +270,9 @@ def run_process(args: tuple[str, ...], folder: Path, timeout_s: float) -> int | 
 
 
 def last_message(log: str) -> str:
-    """The last error message of a log, in one line."""
-    start = max(log.rfind("error: "), log.rstrip().rfind("\n") + 1)
-    return " ".join(log[start:].split())
+    """The error message at the end of a log, in one line."""
+    lines = log.strip().splitlines()[-2:]
+    return " ".join(lines if lines and lines[0].startswith("error: ") else lines[-1:])
 
 
 def cell(value: Any) -> str:
