@@ -119,7 +119,6 @@ def test_generating_imports_no_lightning_and_loading_no_parser_or_compiler_eithe
 # ---- private names of other libraries ----
 
 PRIVATE = {
-    "_exit": "documented by Python, in spite of its name",
     "_foreach_lerp": "Muon: one call for all matrices of a shape; torch has no public name for it",
     "_foreach_lerp_": "the same",
     "_foreach_mul_": "the same",
