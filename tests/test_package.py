@@ -74,7 +74,7 @@ def test_an_installed_package_trains_generates_and_exports(installed, tmp_path, 
     (tmp_path / "text.txt").write_text(text, newline="\n")
 
     def run(*args: str) -> str:
-        code = "from chargpt.__main__ import main; main()"  # as the console command does
+        code = "from chargpt.__main__ import main; main()"  # like the console command
         return python(tmp_path, "-c", code, *args, path=installed)
 
     run("fit", "--config", "debug", "--data.corpus=text.txt", "--trainer.max_steps=2")
