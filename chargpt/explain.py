@@ -52,11 +52,9 @@ def explain(text: str) -> None:
     show_prediction(model, idx, line, itos)
     before = show_loss(model, idx, targets)
     stepped = copy.deepcopy(model)
-    weight = show_gradient(stepped, idx, targets, itos)
-    show_step(stepped, idx, targets, weight)
-    print(
-        f"\n--- Training: {TRAINING['epochs']} steps, each on {TRAINING['batch_size']} sequences\n"
-    )
+    index = show_gradient(stepped, idx, targets, itos)
+    show_step(stepped, idx, targets, index)
+    print("\n--- Training: {epochs} steps, each on {batch_size} sequences\n".format(**TRAINING))
     train(model, data, **TRAINING)
     print("\n--- After training: the same line, which was not in the training data")
     head = max(all_heads(model, idx), key=previous_weight)

@@ -1,4 +1,4 @@
-"""What all tests share: a tiny text, a tiny run, and a world without network or user's folders."""
+"""Fixtures for all tests: a tiny text, a tiny run, no network, and none of the user's folders."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from chargpt.cli.main import main
 from chargpt.data import texts
 from chargpt.training import display
 
-# The same examples each time; other ones: pytest --hypothesis-profile=default
+# The same examples each time; for others: pytest --hypothesis-profile=default
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -52,16 +52,29 @@ data: {corpus: text.txt, block_size: 8, batch_size: 4, test_fraction: 0.1}
 
 
 class Result(NamedTuple):
-    """What a command left: its status, standard output and standard error."""
+    """The exit status, standard output and standard error of a command."""
 
     status: int
     out: str
     err: str
 
 
+def assert_error(result: Result, status: int, *words: str) -> None:
+    """One or two lines at the end of standard error say what is wrong."""
+    assert "Traceback" not in result.err, result.err
+    assert result.status == status, result.err
+    lines = result.err.splitlines()
+    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
+    assert first is not None, result.err
+    assert len(lines) - first <= 2, result.err
+    message = "\n".join(lines[first:])
+    for word in words:
+        assert word in message
+
+
 @pytest.fixture(autouse=True, scope="session")
-def alone(tmp_path_factory):
-    """No user's folder is touched, no host is asked, and no two threads fight over tiny matrices."""
+def isolated(tmp_path_factory):
+    """Isolate the tests from the network and the user's folders; one thread, since matrices are tiny."""
     ask = socket.getaddrinfo
 
     def getaddrinfo(host, *args, **kwargs):
@@ -80,7 +93,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache is a folder of the test's own, and no environment variable names another."""
+    """An empty folder that replaces the user's cache; no environment variable names another."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(texts, "cache_dir", lambda: folder)
     monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
@@ -94,7 +107,7 @@ def data_dir(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """2,000 characters of 23 kinds, the same each time."""
+    """2,000 characters, 23 distinct, the same each time."""
     random.seed(1)
     lines = (" ".join(random.choices(WORDS, k=6)).capitalize() + ".\n" for _ in range(80))
     return "".join(lines)[:2000]
@@ -113,7 +126,7 @@ def command() -> Callable[..., Result]:
                 contextlib.redirect_stderr(err),
                 warnings.catch_warnings(),
             ):
-                warnings.simplefilter("default")  # says each again
+                warnings.simplefilter("default")  # repeats them
                 try:
                     main(list(args))
                 except SystemExit as stop:
@@ -130,20 +143,20 @@ def command() -> Callable[..., Result]:
 
 @pytest.fixture
 def folder(tmp_path, text) -> Path:
-    """A folder with a text and a configuration that trains a tiny model on it in no time."""
-    return furnish(tmp_path, text)
+    """A folder with a text and a configuration that trains a tiny model on it."""
+    return write_example(tmp_path, text)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, text, command) -> Path:
-    """Such a folder, with a run in it. Only to be looked at."""
-    folder = furnish(tmp_path_factory.mktemp("trained"), text)
+    """Such a folder with a finished run; tests must not change it."""
+    folder = write_example(tmp_path_factory.mktemp("trained"), text)
     result = command(folder, "fit", "--config", "tiny.yaml")
     assert result.status == 0, result.err
     return folder
 
 
-def furnish(folder: Path, text: str) -> Path:
+def write_example(folder: Path, text: str) -> Path:
     (folder / "text.txt").write_text(text, newline="\n")
     (folder / "tiny.yaml").write_text(TINY)
     return folder

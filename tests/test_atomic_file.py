@@ -1,4 +1,4 @@
-"""Atomic writing, also with several writers, and one that is killed."""
+"""Atomic writes, with concurrent writers and with one that is killed."""
 
 import errno
 import os

@@ -140,6 +140,8 @@ def test_processes_end_at_the_time_limit(gpu, folder):
     bench.deadline = math.inf
     with pytest.raises(gpu.Failed, match="^ValueError: why$"):
         bench.call(folder / "run", "-c", "raise ValueError('why')")
+    with pytest.raises(gpu.Failed, match="^error: what to do$"):
+        bench.call(folder / "run", "-c", "raise SystemExit('error: what\\nto do')")
 
 
 def test_seconds_of_training(gpu):

@@ -1,4 +1,4 @@
-"""Reading checkpoint files that anyone may have written: tensors and plain values, or an error."""
+"""Reading untrusted checkpoint files: tensors and plain values, or an error."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def save(path: Path, value: Any) -> Path:
 
 
 def with_records(path: Path, **records: bytes) -> Path:
-    """A file like that of an honest checkpoint, with records replaced or added."""
+    """A valid checkpoint file with records replaced or added."""
     save(path, SOME)
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
@@ -60,7 +60,7 @@ class Call:
         return self.call
 
 
-# ---- what is read ----
+# ---- accepted files ----
 
 
 def test_tensors_and_plain_values_are_read_as_torch_reads_them(tmp_path):
@@ -93,7 +93,7 @@ def test_a_state_dict_can_be_loaded_into_a_module(tmp_path):
     assert torch.equal(other.weight, module.weight)
 
 
-# ---- what is refused ----
+# ---- refused files ----
 
 
 def refusal(path: Path) -> str:
@@ -196,7 +196,7 @@ def test_truncated_files_are_refused(tmp_path, share):
     assert "truncated" in refusal(tmp_path / "a.ckpt")
 
 
-# ---- weights, and the state of an optimizer ----
+# ---- weights and optimizer state ----
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_weights_are_finite_numbers_of_one_type(weight, reason):
 
 
 def trained_optimizer(kind: type = torch.optim.AdamW) -> torch.optim.Optimizer:
-    """Two groups; the parameter in the middle has had no gradient."""
+    """Two parameter groups; one parameter has had no gradient."""
     a, b, c = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((2, 3), (4,), (3,)))
     optimizer = kind([dict(params=[a, b]), dict(params=[c], weight_decay=0.0)], lr=0.1)
     (a.sum() + c.sum()).backward()

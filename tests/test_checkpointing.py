@@ -73,7 +73,7 @@ def test_a_killed_process_leaves_neither_a_lock_nor_a_temporary_file(run, comman
     assert killed.returncode == -signal.SIGKILL
     assert (run / RUN / ".lock").exists()
     assert len(list(run.rglob("*.tmp"))) == 1
-    result = command(run, *RESUME, "--model.lr=1.0")  # no better checkpoint takes its place
+    result = command(run, *RESUME, "--model.lr=1.0")  # no better checkpoint replaces it
     assert result.status == 0, result.err
     assert list(run.rglob("*.tmp")) == []
 
@@ -113,7 +113,7 @@ def test_a_moved_run_resumes_in_its_folder_and_keeps_its_best(run, command, plac
     path = last(run / place)
     best = path.with_name("best.ckpt")
     before = best.read_bytes()
-    # This learning rate spoils the network, so no later score is better.
+    # With this learning rate training diverges, so no later score is better.
     result = command(run, "fit", f"--ckpt_path={path}", *RESUME[2:], "--model.lr=1.0")
     assert result.status == 0, result.err
     assert read_checkpoint(path)["global_step"] == 12
@@ -189,7 +189,7 @@ def test_a_checkpoint_within_an_accumulation_is_refused(tmp_path):
         train(tmp_path, ckpt_path=tmp_path / "within.ckpt", accumulate_grad_batches=3)
 
 
-# ---- what makes a run impossible to resume is refused at its start, or never happens ----
+# ---- runs that could not be resumed are refused at their start ----
 
 
 def test_accumulation_cannot_be_changed_when_a_run_resumes(run, command):

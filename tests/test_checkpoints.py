@@ -1,4 +1,4 @@
-"""Which checkpoint a name stands for, where a new run is created, and how a checkpoint is read."""
+"""Resolving `last` and `best`, creating run folders, reading checkpoints."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,8 @@ def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(tmp_path):
     runs = tmp_path / "lightning_logs"
     touch(runs / "version_0" / "checkpoints" / "last.ckpt", 3_000)
     touch(runs / "version_1" / "checkpoints" / "last.ckpt", 2_000)
-    touch(runs / "version_2" / "checkpoints" / "step=1-val_loss=2.0000.ckpt", 9_000)  # not ours
+    # neither last nor best
+    touch(runs / "version_2" / "checkpoints" / "step=1-val_loss=2.0000.ckpt", 9_000)
     assert checkpoints.newest_run(tmp_path) == runs / "version_0"
     touch(runs / "renamed" / "checkpoints" / "best.ckpt", 4_000)
     assert checkpoints.newest_run(tmp_path) == runs / "renamed"
@@ -65,7 +66,7 @@ def test_the_run_of_a_checkpoint_is_the_folder_above_checkpoints(tmp_path, monke
     assert checkpoints.run_of(path.parent / "own" / "last.ckpt") == run
     assert checkpoints.run_of(tmp_path / "models" / "last.ckpt") is None
     moved = touch(tmp_path / "moved" / "checkpoints" / "last.ckpt", 1_000)
-    assert checkpoints.run_of(moved) is None  # any folder may have this name
+    assert checkpoints.run_of(moved) is None  # any folder may be named checkpoints
     touch(tmp_path / "moved" / ".lock", 1_000)
     assert checkpoints.run_of(moved) == tmp_path / "moved"
 
@@ -80,7 +81,7 @@ def test_a_new_run_gets_the_number_after_the_highest(tmp_path):
 
 def test_runs_that_start_at_the_same_time_get_different_numbers(tmp_path, monkeypatch):
     (tmp_path / "lightning_logs" / "version_0").mkdir(parents=True)
-    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))  # as listed before the other began
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))  # as if listed before
     assert checkpoints.new_run(tmp_path).name == "version_1"
 
 

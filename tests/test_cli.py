@@ -34,13 +34,13 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the trained folder, to be changed at will."""
+    """A copy of the trained folder, which the test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The settings that the arguments of a command result in."""
+    """The settings that result from the arguments of a command."""
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
 
     def parse(folder: Path, *args: str):
@@ -65,7 +65,7 @@ def names(folder: Path) -> set[str]:
 
 
 def assert_plain(result, status: int, words: str) -> None:
-    """Nothing but one or two lines on standard error, beside the checkpoint's name and warnings."""
+    """Standard error has one or two lines, in addition to the checkpoint's name and warnings."""
     lines = result.err.splitlines()
     lines = [line for line in lines if not line.startswith(("checkpoint ", "warning: "))]
     assert (result.status, result.out) == (status, ""), result.err
@@ -320,7 +320,7 @@ def test_print_config_gives_a_configuration(name, command, folder):
     assert yaml.safe_load(result.out)["model"]["n_embd"] == 8
 
 
-# ---- what Lightning offers ----
+# ---- features of Lightning ----
 
 
 @pytest.mark.parametrize(
@@ -395,14 +395,14 @@ def test_misspelled_names_of_the_package_raise():
         chargpt.GTP
 
 
-# ---- bad input: a plain line or two, a status that is not zero, and nothing half-written ----
+# ---- invalid input: one or two plain lines, a nonzero status, no partial files ----
 
 CONFIGS = {
     "list.yaml": "- 1\n",
     "empty.yaml": "",
     "broken.yaml": "trainer: {max_steps: 5\n",
     "latin.yaml": b"data: {corpus: caf\xe9}\n",
-    "misspelt.yaml": "trainer: {max_step: 5}\n",
+    "misspelled.yaml": "trainer: {max_step: 5}\n",
     "group.yaml": "modle: {n_embd: 8}\n",
     "word.yaml": "trainer: 5\n",
     "number.yaml": "model: 5\n",
@@ -445,7 +445,7 @@ CONFIGS = {
         (["fit", "--config=empty.yaml"], 2, "Unexpected config"),
         (["fit", "--config=broken.yaml"], 2, "line 2"),
         (["fit", "--config=latin.yaml"], 2, "latin.yaml: 'utf-8'"),
-        (["fit", "--config=misspelt.yaml"], 2, "did you mean trainer.max_steps?"),
+        (["fit", "--config=misspelled.yaml"], 2, "did you mean trainer.max_steps?"),
         (["fit", "--config=group.yaml"], 2, "did you mean model.n_embd?"),
         (["fit", "--config=word.yaml"], 2, "trainer is 5"),
         (["fit", "--config=number.yaml"], 2, "model is 5"),

@@ -1,4 +1,4 @@
-"""Datasets and the data module: which sequences are read, in which order, from which text."""
+"""Datasets and the data module: which sequences, in which order, from which text."""
 
 import errno
 import hashlib
@@ -35,7 +35,7 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     for rank in range(world_size):
         batches = EvaluationSequences(tokens, block_size, batch_size, rank, world_size)
         read = list(batches)
-        assert len(read) == len(batches) >= 1  # all ranks take part
+        assert len(read) == len(batches) >= 1  # all ranks participate
         for batch in read:
             assert batch.shape[0] <= batch_size and batch.shape[1] <= block_size + 1
             ids, targets = batch[:, :-1].long(), batch[:, 1:].long()
@@ -53,7 +53,7 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
     k=st.integers(0, 2**40),
 )
 def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_size, seed, k):
-    """One device with the whole batch reads what several read together; no sequence twice in a batch."""
+    """Several devices together read the batch that one reads; no sequence is in a batch twice."""
     tokens = TOKENS[:500]
     alone = RandomSequences(tokens, block_size, batch_size * world_size, seed)[k]
     ranks = [
@@ -71,7 +71,7 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
 @settings(max_examples=150, deadline=None)
 @given(characters=st.integers(13, 400), block_size=sizes, batch_size=sizes, seed=st.integers(0, 99))
 def test_an_epoch_reads_each_character_once(characters, block_size, batch_size, seed):
-    """Except less than two sequences at the ends; the next epoch cuts the text elsewhere."""
+    """Except for fewer than two sequences at the ends; each epoch splits the text at different offsets."""
     sequences = EpochSequences(TOKENS[:characters], block_size, batch_size, seed)
     n = max(1, characters // block_size - 1)
     starts = np.concatenate([sequences.starts(k) for k in range(-(-2 * n // batch_size))])
@@ -254,7 +254,7 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def text_of(data: CharDataModule, required: bool) -> TrainedText:
-    """What the command line takes from a checkpoint of a run with this data."""
+    """The text that the command line restores from a checkpoint of a run with this data."""
     data.setup()
     h = data.hparams
     sizes = h["corpus_bytes"], h["corpus_digest"], h["train_characters"]
@@ -284,7 +284,7 @@ def test_a_changed_text_is_refused_unless_the_user_names_it(tmp_path, addition):
 
 
 def test_a_text_of_another_size_than_recorded_is_not_read(tmp_path, monkeypatch):
-    """A checkpoint may come from a stranger, and its path may lead to any file."""
+    """A checkpoint may be untrusted, and the path in it may name any file."""
     trained = text_of(make_data(tmp_path), required=True)
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(token_file, "read_file", None)
@@ -295,7 +295,7 @@ def test_a_text_of_another_size_than_recorded_is_not_read(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("split", [dict(test_fraction=0.5), dict(val_fraction=0.2)])
-def test_a_split_that_scores_what_was_trained_on_is_refused(tmp_path, required, split):
+def test_a_split_that_overlaps_the_training_text_is_refused(tmp_path, required, split):
     trained = text_of(make_data(tmp_path), required)
     with pytest.raises(UserError, match="1,800 characters of .* were trained on") as error:
         setup_with(tmp_path, trained, **split)
@@ -303,7 +303,7 @@ def test_a_split_that_scores_what_was_trained_on_is_refused(tmp_path, required, 
 
 
 def test_a_copy_of_the_text_and_other_splits_of_the_rest_are_fine(tmp_path):
-    """0.05 and 0.05 leave one character less to train on than 0.1: 1 - 0.05 - 0.05 rounds down."""
+    """0.05 and 0.05 leave one training character fewer than 0.1: 1 - 0.05 - 0.05 rounds down."""
     trained = text_of(make_data(tmp_path), required=True)
     copy = tmp_path / "copy.txt"
     shutil.copy(write_text(tmp_path), copy)

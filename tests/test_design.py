@@ -33,7 +33,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(module: str) -> set[str]:
-    """The absolute names of what a module imports, anywhere in it; not those for types only."""
+    """The absolute names of a module's imports, at any level; not those for type checking only."""
     tree, found = parse(module), set()
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
     for_types = {id(n) for node in ast.walk(tree) if is_type_checking(node) for n in ast.walk(node)}
@@ -55,7 +55,7 @@ STANDARD = sys.stdlib_module_names
 
 
 def reaches(*modules: str) -> set[str]:
-    """These modules and all that they import, directly or not; not the package itself."""
+    """These modules and all their direct and indirect imports, except the package itself."""
     seen, waiting = set(), list(modules)
     while waiting:
         if (module := waiting.pop()) not in seen:

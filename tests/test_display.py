@@ -13,7 +13,7 @@ from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tiny import last, make_data, make_module, make_trainer
 
-from chargpt.text_generator import load
+from chargpt.text_generator import TextGenerator, load
 from chargpt.training import GPTModule, display
 
 
@@ -165,13 +165,18 @@ def test_samples_are_shown_in_a_terminal_if_asked_for(tmp_path):
     assert "    " + sample.splitlines()[-1] not in shown(tmp_path / "file", **settings)
 
 
-def test_a_sample_looks_at_no_more_than_the_context_in_use(tmp_path):
+def test_a_sample_looks_at_no_more_than_the_context_in_use(tmp_path, monkeypatch):
     """As the checkpoint does; see test_module.py for that."""
+    monkeypatch.setattr(display, "SAMPLE_CHARS", 300)
     module = make_module(short_contexts={2: 1.0}, position="rotary")
     out = shown(tmp_path, terminal=True, max_steps=4, show_samples=True, module=module)
-    sample = load(last(tmp_path)).complete(max_new_chars=display.SAMPLE_CHARS, seed=1)
-    assert "\n".join(f"    {line}" for line in sample.splitlines()) in out
-    assert module.gpt.config.block_size == 8
+
+    def indented(generator: TextGenerator) -> str:
+        text = generator.complete(max_new_chars=300, seed=1)
+        return "\n".join(f"    {line}" for line in text.splitlines())
+
+    assert indented(load(last(tmp_path))) in out
+    assert indented(TextGenerator(module.gpt, module.vocabulary)) not in out  # of 8 characters
 
 
 # ---- bfloat16 on a CPU ----

@@ -1,4 +1,4 @@
-"""Several ranks (over gloo) train as one does with a larger batch, and stop together."""
+"""Several ranks (gloo) train like one with a larger batch, and stop together."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ TWO = dict(strategy="ddp_fork", devices=2)
 
 
 class Record(Callback):
-    """Saves the batches and losses of each rank, in a file per rank."""
+    """Saves the batches and losses in a file per rank."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ def test_ranks_agree_on_the_elapsed_fraction(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("characters", [2, 9, 10, 18, 90, 149])
 def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, characters):
-    """With 2 characters one rank has none; with the others the ranks have unequal shares."""
+    """With 2 characters one rank has no sequence; with the others, ranks have unequal numbers."""
     data = dict(corpus=str(write_text(tmp_path, 1000)), val_fraction=characters / 1000 + 1e-9)
     scores = []
     for settings in (dict(devices=1), TWO):

@@ -1,7 +1,4 @@
-"""Faults that users found, by their kind: silent mistakes, lost work, tracebacks, messages.
-
-Numbers in comments are those of the review that reported the faults.
-"""
+"""Regression tests of faults that users found: wrong results, lost work, tracebacks, messages."""
 
 import errno
 import os
@@ -18,6 +15,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from conftest import assert_error
 from lightning import Callback
 
 import chargpt
@@ -43,7 +41,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals 
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the trained folder, to be changed at will."""
+    """A copy of the trained folder, which the test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -55,7 +53,7 @@ def fit(folder, command):
 
 @pytest.fixture
 def forked(tmp_path):
-    """Run a command in a fork: a signal, or a limit on files, would end these tests as well."""
+    """Run a command in a fork: signals and limits on files would affect the tests too."""
 
     def run(folder: Path, *args: str, before=lambda: None) -> tuple[int, str]:
         log = tmp_path / "stderr.txt"
@@ -114,19 +112,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_error(result, status: int, *words: str) -> None:
-    """One or two lines at the end of standard error say what is wrong."""
-    assert "Traceback" not in result.err, result.err
-    assert result.status == status, result.err
-    lines = result.err.splitlines()
-    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
-    assert first is not None, result.err
-    assert len(lines) - first <= 2, result.err
-    message = "\n".join(lines[first:])
-    for word in words:
-        assert word in message
-
-
 # ---- a run and other texts ----
 
 # Of the same 23 characters, of fewer, and with a new one. {} is the original.
@@ -145,7 +130,7 @@ def write_other(folder: Path, text: str, kind: str = "same") -> str:
 @pytest.mark.parametrize("kind", OTHER_TEXTS)
 def test_resuming_with_another_text_is_refused_and_the_run_stays_as_it_was(
     run, text, command, kind
-):  # 1
+):
     other = write_other(run, text, kind)
     before = contents(run)
     result = command(run, *RESUME, other)
@@ -165,7 +150,7 @@ def test_resuming_with_another_text_is_refused_and_the_run_stays_as_it_was(
     ],
     ids=lambda args: " ".join(args),
 )
-def test_no_command_that_names_another_text_changes_the_first_run(run, text, command, args):  # 1
+def test_no_command_that_names_another_text_changes_the_first_run(run, text, command, args):
     write_other(run, text)
     (run / "other.yaml").write_text("data: {corpus: other.txt}")
     before = contents(run)
@@ -176,7 +161,7 @@ def test_no_command_that_names_another_text_changes_the_first_run(run, text, com
         assert_error(result, 1, "other.txt")
 
 
-def test_a_new_run_with_another_text_leaves_the_first_run_as_it_was(run, text, command):  # 1
+def test_a_new_run_with_another_text_leaves_the_first_run_as_it_was(run, text, command):
     before = contents(run / RUN)
     flags = (write_other(run, text), "--trainer.max_steps=2")
     assert command(run, "fit", "--config=tiny.yaml", *flags).status == 0
@@ -184,7 +169,7 @@ def test_a_new_run_with_another_text_leaves_the_first_run_as_it_was(run, text, c
     assert (run / "lightning_logs/version_1/checkpoints/last.ckpt").is_file()
 
 
-def test_a_copy_of_the_text_in_another_place_is_the_same_text(run, text, command):  # 1
+def test_a_copy_of_the_text_in_another_place_is_the_same_text(run, text, command):
     (run / "copy.txt").write_text(text, newline="\n")
     flags = ("--trainer.max_steps=10", "--data.corpus=copy.txt")
     result = command(run, "fit", "--ckpt_path=last", *flags)
@@ -192,7 +177,7 @@ def test_a_copy_of_the_text_in_another_place_is_the_same_text(run, text, command
     assert read(run / LAST)["global_step"] == 10
 
 
-def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit, command):  # 2
+def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit, command):
     (folder / "own.yaml").write_text(
         "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, "
         "save_top_k: -1, filename: '{step}-{val_loss:.2f}'}}]}"
@@ -208,7 +193,7 @@ def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit,
     assert "best.ckpt" in command(folder, "predict", "--generate.max_new_chars=1").err
 
 
-# ---- splits that would score what was trained on ----
+# ---- splits that overlap the training text ----
 
 
 @pytest.mark.parametrize(
@@ -222,19 +207,19 @@ def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit,
     ],
     ids=" ".join,
 )
-def test_a_split_that_was_trained_on_is_refused(run, command, args):  # 3
+def test_a_split_that_was_trained_on_is_refused(run, command, args):
     before = contents(run)
     name = args[-1].partition("=")[0].removeprefix("--data.")
     assert_error(command(run, *args), 1, name)
     assert contents(run) == before
 
 
-def test_a_test_split_of_a_run_that_was_trained_without_one_is_refused(folder, fit, command):  # 3
+def test_a_test_split_of_a_run_that_was_trained_without_one_is_refused(folder, fit, command):
     assert fit("--data.test_fraction=0", "--trainer.max_steps=2").status == 0
     assert_error(command(folder, "test", "--data.test_fraction=0.5"), 1, "test_fraction")
 
 
-def test_another_text_of_known_characters_can_be_validated_with_any_split(run, text, command):  # 3
+def test_another_text_of_known_characters_can_be_validated_with_any_split(run, text, command):
     result = command(run, "validate", write_other(run, text), "--data.val_fraction=0.5")
     assert result.status == 0, result.err
     own = command(run, "validate")
@@ -246,7 +231,7 @@ def test_another_text_of_known_characters_can_be_validated_with_any_split(run, t
 
 
 def train_on_poems(folder: Path, command) -> tuple[set[str], str]:
-    """Train one step on the folder `poems`: the characters in it, and standard error."""
+    """Train one step on the folder `poems`; returns its characters and standard error."""
     flags = ("--data.corpus=poems", "--trainer.max_steps=1", "--data.test_fraction=0")
     result = command(folder, "fit", "--config=tiny.yaml", *flags)
     assert result.status == 0, result.err
@@ -261,7 +246,7 @@ HIDDEN = [
 ]
 
 
-def test_hidden_files_and_folders_are_not_read(folder, text, command):  # 4
+def test_hidden_files_and_folders_are_not_read(folder, text, command):
     for name in ("a.txt", *HIDDEN):
         path = folder / "poems" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +258,7 @@ def test_hidden_files_and_folders_are_not_read(folder, text, command):  # 4
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
-def test_linked_folders_are_read_once_and_the_number_of_files_is_printed(
-    folder, text, command
-):  # 5
+def test_linked_folders_are_read_once_and_the_number_of_files_is_printed(folder, text, command):
     (folder / "poems").mkdir()
     (folder / "more").mkdir()
     (folder / "poems/a.txt").write_text(text, newline="\n")
@@ -292,9 +275,7 @@ def test_linked_folders_are_read_once_and_the_number_of_files_is_printed(
 # ---- SLURM and signals ----
 
 
-def test_a_slurm_job_resumes_nothing_that_was_not_named(
-    run, folder, fit, command, monkeypatch
-):  # 6
+def test_a_slurm_job_resumes_nothing_that_was_not_named(run, folder, fit, command, monkeypatch):
     assert command(run, *RESUME).status == 0
     shutil.copy(run / LAST, folder / "hpc_ckpt_1.ckpt")
     for name, value in SLURM.items():
@@ -314,7 +295,7 @@ SIGNALS = [name for name in ("SIGHUP", "SIGUSR1", "SIGTERM", "SIGINT") if hasatt
 )
 def test_a_signal_ends_a_run_with_its_checkpoint_saved(
     folder, forked, at_step, monkeypatch, name, slurm
-):  # 6, 25
+):
     for variable, value in SLURM.items() if slurm else ():
         monkeypatch.setenv(variable, value)
     number = getattr(signal, name)
@@ -328,9 +309,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint_saved(
 
 @posix
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_during_setup_ends_the_run_with_its_status(
-    folder, forked, monkeypatch, name
-):  # 25
+def test_a_signal_during_setup_ends_the_run_with_its_status(folder, forked, monkeypatch, name):
     number, build = getattr(signal, name), chargpt.GPTModule.build
 
     def interrupted(self, vocabulary) -> None:
@@ -345,7 +324,7 @@ def test_a_signal_during_setup_ends_the_run_with_its_status(
 
 
 @posix
-def test_an_ignored_sighup_stays_ignored(folder, forked, at_step):  # 25
+def test_an_ignored_sighup_stays_ignored(folder, forked, at_step):
     at_step(2, lambda: signal.raise_signal(signal.SIGHUP))
     nohup = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     status, err = forked(folder, "fit", "--config=tiny.yaml", before=nohup)
@@ -381,7 +360,7 @@ def subprocess_env(*folders: Path) -> dict[str, str]:
         ("fit", "lightning"),
     ],
 )
-def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(tmp_path, name, module):  # 23
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(tmp_path, name, module):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT.format(module=module))
     result = subprocess.run(
         [sys.executable, "-m", "chargpt", name],
@@ -398,14 +377,14 @@ def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(tmp_path, na
 @pytest.mark.parametrize(("name", "hook"), [("fit", "prepare_data"), ("validate", "setup")])
 def test_ctrl_c_while_the_text_is_read_ends_without_a_traceback(
     run, forked, monkeypatch, name, hook
-):  # 23
+):
     interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(chargpt.CharDataModule, hook, interrupt)
     status, err = forked(run, name, "--config=tiny.yaml")
     assert (status, "Traceback" in err) == (130, False), err
 
 
-def test_no_arguments_at_all_is_a_plain_error(tmp_path):  # 23
+def test_no_arguments_at_all_is_a_plain_error(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "chargpt"],
         cwd=tmp_path,
@@ -418,10 +397,10 @@ def test_no_arguments_at_all_is_a_plain_error(tmp_path):  # 23
     assert len(result.stderr.splitlines()) <= 2
 
 
-# ---- settings that do nothing, or never end ----
+# ---- settings without effect, runs without end ----
 
 
-def test_stochastic_weight_averaging_is_refused_and_the_other_averaging_named(fit):  # 7
+def test_stochastic_weight_averaging_is_refused_and_the_other_averaging_named(fit):
     flags = (
         "--trainer.callbacks+=StochasticWeightAveraging",
         "--trainer.callbacks.swa_lrs=0.01",
@@ -432,11 +411,11 @@ def test_stochastic_weight_averaging_is_refused_and_the_other_averaging_named(fi
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("limit_train_batches=0.0", "limit_train_batches"),  # 14
-        ("max_time=00:00:00:00", "max_time"),  # 14
-        ("min_steps=9", "min_steps"),  # 14; max_steps is 8
-        ("check_val_every_n_epoch=0", "check_val_every_n_epoch"),  # 22
-        ("val_check_interval=00:00:00:02", "val_check_interval"),  # 22
+        ("limit_train_batches=0.0", "limit_train_batches"),
+        ("max_time=00:00:00:00", "max_time"),
+        ("min_steps=9", "min_steps"),  # max_steps is 8
+        ("check_val_every_n_epoch=0", "check_val_every_n_epoch"),
+        ("val_check_interval=00:00:00:02", "val_check_interval"),
     ],
 )
 def test_trainer_settings_that_cannot_work_are_refused(folder, fit, flag, words):
@@ -453,7 +432,7 @@ def test_trainer_settings_that_cannot_work_are_refused(folder, fit, flag, words)
     ],
     ids=" ".join,
 )
-def test_scoring_no_batches_is_refused(trained, command, args):  # 14
+def test_scoring_no_batches_is_refused(trained, command, args):
     result = command(trained, *args)
     assert_error(result, 1, args[1].partition("=")[0].removeprefix("--trainer."))
     assert result.out == ""
@@ -485,22 +464,20 @@ def char_data(folder: Path, **settings) -> chargpt.CharDataModule:
 
 
 @pytest.mark.parametrize("limits", [dict(max_epochs=1), dict(max_epochs=3), {}], ids=str)
-def test_a_plain_trainer_that_would_never_end_is_refused(folder, limits):  # 16
+def test_a_plain_trainer_that_would_never_end_is_refused(folder, limits):
     trainer = plain_trainer(folder, logger=False, enable_checkpointing=False, **limits)
     with pytest.raises(UserError, match="max_steps"):
         trainer.fit(chargpt.GPTModule(**SIZES), datamodule=char_data(folder))
 
 
-def test_a_plain_trainer_that_counts_batches_ends(folder):  # 16
+def test_a_plain_trainer_that_counts_batches_ends(folder):
     limits = dict(max_epochs=2, limit_train_batches=3, limit_val_batches=1)
     trainer = plain_trainer(folder, logger=False, enable_checkpointing=False, **limits)
     trainer.fit(chargpt.GPTModule(**SIZES), datamodule=char_data(folder))
     assert trainer.global_step == 6
 
 
-def test_a_checkpoint_of_a_plain_trainer_can_be_resumed_or_is_refused_plainly(
-    folder, command
-):  # 22
+def test_a_checkpoint_of_a_plain_trainer_can_be_resumed_or_is_refused_plainly(folder, command):
     limits = dict(max_steps=4, limit_train_batches=4, limit_val_batches=1, logger=False)
     trainer = plain_trainer(folder, **limits)
     trainer.fit(chargpt.GPTModule(**SIZES), datamodule=char_data(folder))
@@ -518,7 +495,7 @@ def test_a_checkpoint_of_a_plain_trainer_can_be_resumed_or_is_refused_plainly(
 
 @pytest.fixture
 def from_the_future(run) -> Path:
-    """A checkpoint whose network has a setting that this version does not know."""
+    """A checkpoint with a network setting that this version does not have."""
     checkpoint = read(run / LAST)
     ours = checkpoint.setdefault("chargpt", {})
     ours["network"] = [*ours.get("network", ()), "gate_width"]
@@ -539,19 +516,19 @@ def from_the_future(run) -> Path:
 )
 def test_a_network_setting_that_this_version_does_not_know_is_refused_by_name(
     from_the_future, run, command, args
-):  # 9
+):
     before = contents(run)
     assert_error(command(run, *args, "--ckpt_path=future.ckpt"), 1, "gate_width")
     assert contents(run) == before
 
 
-def test_loading_refuses_an_unknown_network_setting_by_name(from_the_future):  # 9
+def test_loading_refuses_an_unknown_network_setting_by_name(from_the_future):
     with pytest.raises(UserError, match="gate_width"):
         chargpt.load(from_the_future)
 
 
 @pytest.mark.parametrize("characters", ["abc", "abcdefgh"])
-def test_a_vocabulary_of_another_size_than_the_network_is_refused(characters):  # 13
+def test_a_vocabulary_of_another_size_than_the_network_is_refused(characters):
     config = chargpt.GPTConfig(block_size=8, n_embd=8, n_head=2, n_layer=1)
     gpt = chargpt.GPT(config, 5)
     with pytest.raises(UserError, match=rf"{len(characters)}\b.*\b5|5\b.*\b{len(characters)}"):
@@ -562,7 +539,7 @@ def test_a_vocabulary_of_another_size_than_the_network_is_refused(characters):  
 # ---- tracebacks ----
 
 
-def test_a_strategy_that_starts_processes_ends_without_a_traceback(folder, fit):  # 22
+def test_a_strategy_that_starts_processes_ends_without_a_traceback(folder, fit):
     result = fit("--trainer.strategy=ddp_spawn", "--trainer.devices=1", "--trainer.max_steps=1")
     if result.status:
         assert_error(result, 1)
@@ -575,12 +552,12 @@ def test_a_strategy_that_starts_processes_ends_without_a_traceback(folder, fit):
     [["predict", "--generate.output=loop"], ["export", "--to=page", "--output=loop"]],
     ids=lambda args: args[0],
 )
-def test_an_output_that_is_a_loop_of_links_is_a_plain_error(run, command, args):  # 22
+def test_an_output_that_is_a_loop_of_links_is_a_plain_error(run, command, args):
     (run / "loop").symlink_to("loop")
     assert_error(command(run, *args), 1, "loop")
 
 
-def test_compiling_without_a_compiler_is_a_plain_error(folder, fit, monkeypatch):  # 24
+def test_compiling_without_a_compiler_is_a_plain_error(folder, fit, monkeypatch):
     config = pytest.importorskip("torch._inductor.config")
     monkeypatch.setattr(config.cpp, "cxx", ("/nonexistent/c++",))
     monkeypatch.setattr(config, "force_disable_caches", True)
@@ -591,7 +568,7 @@ def test_compiling_without_a_compiler_is_a_plain_error(folder, fit, monkeypatch)
 
 def test_a_full_disk_between_validations_names_the_folder_and_leaves_the_checkpoint(
     folder, command, fit, monkeypatch
-):  # 26
+):
     from torch.utils.tensorboard import SummaryWriter
 
     write = SummaryWriter.add_scalar
@@ -606,17 +583,17 @@ def test_a_full_disk_between_validations_names_the_folder_and_leaves_the_checkpo
     assert read(folder / LAST)["global_step"] >= 4
 
 
-def test_showwarning_is_restored_when_a_command_ends(trained, monkeypatch):  # 28
+def test_showwarning_is_restored_when_a_command_ends(trained, monkeypatch):
     monkeypatch.chdir(trained)
     before = warnings.showwarning
-    monkeypatch.setattr(warnings, "showwarning", before)  # puts it back whatever happens
+    monkeypatch.setattr(warnings, "showwarning", before)  # restored in any case
     for args in (["--version"], ["predict", "--generate.max_new_chars=1"], ["nonsense"]):
         with suppress(SystemExit):
             main(args)
         assert warnings.showwarning is before
 
 
-def test_warnings_of_libraries_that_concern_the_user_are_shown(folder, fit, at_step):  # 28
+def test_warnings_of_libraries_that_concern_the_user_are_shown(folder, fit, at_step):
     def warn() -> None:
         for category, said in (
             (UserWarning, "the driver is old"),
@@ -631,7 +608,7 @@ def test_warnings_of_libraries_that_concern_the_user_are_shown(folder, fit, at_s
     assert "old spelling" not in result.err
 
 
-def test_an_unexpected_error_keeps_its_traceback(fit, at_step):  # 29
+def test_an_unexpected_error_keeps_its_traceback(fit, at_step):
     def broken() -> None:
         raise ValueError("an unexpected bug")
 
@@ -660,7 +637,7 @@ def test_a_mistyped_command_or_option_gets_a_suggestion(trained, command, args, 
     assert_error(command(trained, *args), 2, "did you mean", *words)
 
 
-# The command, its status, what the message must say, and what it said before.
+# The command, its status, words of the message, and words of the previous one.
 MESSAGES = [
     (["predict", "--config=cpu"], 2, ["configuration file"], ["Key must be"]),
     (["fit", "--model.position=up"], 2, ["position", "up", "learned", "rotary"], ["Literal", "typing"]),

@@ -1,4 +1,4 @@
-"""Generation against recomputing, the window, sampling, stop strings and batches."""
+"""Generation compared with recomputation; the window, sampling, stop strings, batches."""
 
 import gc
 import math
@@ -74,7 +74,7 @@ def test_continuing_a_text_equals_generating_it_in_one_go():
             assert write(gpt, [prompt + whole[:n]], 40 - n, config)[0] == whole[n:]
 
 
-# ---- batches, seeds, modes ----
+# ---- batches, seeds, train and eval mode ----
 
 
 @ARCHITECTURES
@@ -226,7 +226,7 @@ def sample_one(logits: list[float], sampling: GenerationConfig, uniform: float) 
 def test_only_ids_that_the_settings_allow_are_sampled(logits, sampling, uniform):
     chosen = sample_one(logits, sampling, uniform)
     allowed = stated_distribution(logits, sampling)
-    if sampling.top_p is not None:  # a sum within rounding of top_p may count either way
+    if sampling.top_p is not None:  # a sum that equals top_p up to rounding may count either way
         looser = replace(sampling, top_p=min(sampling.top_p + 1e-9, 1))
         allowed = stated_distribution(logits, looser)
     assert 0 <= chosen < len(logits)
@@ -240,7 +240,7 @@ def test_only_ids_that_the_settings_allow_are_sampled(logits, sampling, uniform)
 )
 @settings(max_examples=150, deadline=None)
 def test_all_ids_that_the_settings_allow_are_sampled(logits, top_k, top_p):
-    """So top_k keeps exactly k ids, whatever the ties, and top_p neither more nor fewer."""
+    """top_k keeps exactly k ids even with ties, and top_p neither more nor fewer than needed."""
     sampling = GenerationConfig(temperature=1.0, top_k=top_k, top_p=top_p)
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     chosen = sample(torch.tensor([logits] * 4000, dtype=torch.float32), sampling, grid)

@@ -1,4 +1,4 @@
-"""A stranger's run folder: its config.yaml and its checkpoints are an attacker's.
+"""An untrusted run folder: an attacker has written its config.yaml and its checkpoints.
 
 Whatever they contain, every command that reads the run either works or ends in one plain error. No
 code runs, no process starts, nothing is written outside of the current folder and the user's data
@@ -26,8 +26,8 @@ from chargpt.model import UserError
 
 resource = pytest.importorskip("resource", reason="limits memory; not on Windows")
 
-SPARE_MEMORY = 3 << 30  # address space that one command may take beyond what the tests have
-PEAK_GROWTH = 400 << 20  # and how much of it may be in use
+SPARE_MEMORY = 3 << 30  # address space of one command, in addition to that of the tests
+PEAK_GROWTH = 400 << 20  # growth of the peak resident memory in one command
 SECONDS = 20
 
 PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty")
@@ -37,13 +37,13 @@ CHANGES += ("os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copy
 SUBPROCESS = "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler"
 
 
-# ---- what a command does to the machine ----
+# ---- side effects of a command ----
 
 
 class Recorder:
     """Audit events (PEP 578) of this process while `on`. An audit hook cannot be removed.
 
-    Processes are kept from starting.
+    Processes cannot start.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Recorder:
     def hook(self, event: str, args: tuple) -> None:
         if self.on and (event == "open" or event in PROCESSES or event in CHANGES):
             self.events.append((event, args))
-            if event in PROCESSES:  # the exception keeps it from starting: it may be one of many
+            if event in PROCESSES:  # the exception prevents its start: it may be one of many
                 raise AssertionError(f"{event} {args}")
 
     def processes(self) -> list[str]:
@@ -81,7 +81,7 @@ def recorder() -> Recorder:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """End what takes too long or too much memory with an exception instead of the machine."""
+    """Raise an exception if a command takes too long or too much memory."""
 
     def expire(*_: Any) -> None:
         raise AssertionError(f"took longer than {SECONDS} s")
@@ -90,7 +90,7 @@ def limits() -> Iterator[None]:
     size = memory("VmSize")
     handler = signal.signal(signal.SIGALRM, expire)
     signal.alarm(SECONDS)
-    if size:  # known on Linux alone
+    if size:  # Linux only
         resource.setrlimit(resource.RLIMIT_AS, (size + SPARE_MEMORY, hard))
     try:
         yield
@@ -111,18 +111,18 @@ def memory(name: str) -> int:
 
 def forget_peak() -> None:
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
 
 
-# ---- the stranger's run, and the commands that read it ----
+# ---- the untrusted run, and the commands that read it ----
 
 
 class World(NamedTuple):
-    """Where a test takes place."""
+    """The folders of a test."""
 
-    here: Path  # the current folder, with the stranger's run in lightning_logs
-    outside: Path  # nothing in here may change
-    sentinel: Path  # what hostile code would create, in `outside`
+    here: Path  # the current folder, with the untrusted run in lightning_logs
+    outside: Path  # must not change
+    sentinel: Path  # a file in `outside` that malicious code would create
 
     @property
     def run(self) -> Path:
@@ -136,14 +136,14 @@ class World(NamedTuple):
         return sorted(self.run.glob("checkpoints/*.ckpt"))
 
     def tamper(self, change: Callable[[dict[str, Any]], Any]) -> None:
-        """Change what the run's checkpoints contain; `change` may return something else."""
+        """Change the contents of the run's checkpoints; `change` may return a replacement."""
         for path in self.checkpoints():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             changed = change(checkpoint)
             torch.save(checkpoint if changed is None else changed, path)
 
     def tamper_records(self, change: Callable[[str, bytes], bytes], **settings: Any) -> None:
-        """Change the records of the zip archives that the run's checkpoints are."""
+        """Change the records of the run's checkpoints, which are zip archives."""
         for path in self.checkpoints():
             with zipfile.ZipFile(path) as archive:
                 records = {name: archive.read(name) for name in archive.namelist()}
@@ -176,7 +176,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def load(world: World) -> tuple[int, str]:
-    """`chargpt.load`, with a status and a message as the commands have them."""
+    """`chargpt.load`, with the status and the message of a command."""
     try:
         chargpt.load(world.checkpoint).complete(max_new_chars=3, seed=1)
     except UserError as error:
@@ -200,7 +200,7 @@ NETWORK = ("load", "predict", "export")
 
 @pytest.fixture
 def attack(world, command, recorder, trained) -> Callable[..., dict[str, tuple[int, str]]]:
-    """Run commands on the stranger's run; nothing may happen to the machine. Status and stderr."""
+    """Run commands on the untrusted run, without side effects; returns status and standard error."""
 
     def run(names: tuple[str, ...]) -> dict[str, tuple[int, str]]:
         before = snapshot(world.outside), snapshot(trained)
@@ -258,7 +258,7 @@ def assert_worked(results: dict[str, tuple[int, str]]) -> None:
         assert status == 0 and "Traceback" not in err, f"{name}:\n{err}"
 
 
-def test_every_command_works_on_an_honest_run(attack, world):
+def test_every_command_works_on_a_valid_run(attack, world):
     world.tamper(lambda checkpoint: None)
     assert_worked(attack(ALL))
     assert (world.here / "page.html").exists()
@@ -399,7 +399,7 @@ def truncated(world: World) -> None:
 
 
 def short_storage(world: World) -> None:
-    """The data of a tensor end before the tensor does."""
+    """The storage of a tensor is shorter than the tensor."""
     world.tamper_records(lambda name, data: data[:4] if name == "data/0" else data)
 
 
@@ -490,7 +490,7 @@ def whole(**parts: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def endless_rotary(checkpoint: dict[str, Any]) -> None:
-    """Angles of ten million positions would take memory, weights don't."""
+    """The angles of ten million positions would take memory, but the weights don't."""
     checkpoint["hyper_parameters"].update(position="rotary", block_size=10**7)
     checkpoint["datamodule_hyper_parameters"]["block_size"] = 10**7
     del checkpoint["state_dict"]["gpt.position_embedding.weight"]
@@ -525,13 +525,13 @@ REFUSED_NETWORKS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED_NETWORKS)
-def test_settings_of_a_network_that_cannot_be(attack, world, kind):
+def test_invalid_settings_of_a_network(attack, world, kind):
     world.tamper(REFUSED_NETWORKS[kind])
     assert_refused(attack(("fit", *NETWORK)))
 
 
 def names_a_class(checkpoint: dict[str, Any]) -> None:
-    """What LightningCLI reads from the hyperparameters of a checkpoint."""
+    """The class name that LightningCLI reads from the hyperparameters of a checkpoint."""
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         checkpoint[key].update(_class_path=SUBPROCESS, _instantiator="os.system")
     checkpoint["hparams_name"] = "kwargs"
@@ -634,7 +634,7 @@ def test_a_text_without_a_record_is_not_read(attack, world):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "sparse file", "root", "address", "nothing"])
-def test_a_text_without_end(attack, world, kind):
+def test_an_endless_text(attack, world, kind):
     path = world.here / "text"
     if kind == "pipe":
         os.mkfifo(path)
@@ -646,11 +646,11 @@ def test_a_text_without_end(attack, world, kind):
     assert_refused(attack(TRAINING))
 
 
-# ---- what training resumes ----
+# ---- state that training resumes ----
 
 
 def state(**values: Any) -> Callable[[dict[str, Any]], None]:
-    """Change the state of the optimizer for each parameter, with functions of what it was."""
+    """Replace entries of each parameter's optimizer state by functions of them."""
 
     def change(checkpoint: dict[str, Any]) -> None:
         for entry in checkpoint["optimizer_states"][0]["state"].values():
@@ -736,7 +736,7 @@ def test_settings_of_the_optimizer_do_not_come_from_its_state(attack, world, nam
 
 @pytest.mark.parametrize("up", [False, True], ids=["absolute", "upwards"])
 def test_paths_in_the_states_of_callbacks(attack, world, up):
-    """They delete what they call an old checkpoint, and choose where new ones are written."""
+    """Such paths say which old checkpoint is deleted and where new ones are written."""
     target = world.outside / "run" / "checkpoints"
     folder = str(target)
     if up:
@@ -822,7 +822,7 @@ def test_no_command_reads_the_configuration_of_a_run(attack, world, kind):
 
 
 def test_names_of_checkpoint_files_mean_nothing(attack, world, command):
-    """An attacker's file cannot claim to be the best, nor be opened for its name."""
+    """A file's name neither makes it the best checkpoint nor gets it opened."""
     folder = world.checkpoint.parent
     os.mkfifo(folder / "step=1-val_loss=0.0000.ckpt")
     (folder / "step=2-val_loss=0.0001.ckpt").symlink_to("/dev/zero")

@@ -204,17 +204,20 @@ def test_padding_changes_nothing(exported, side):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_a_left_padded_batch_writes_the_texts_of_single_prompts(exported, use_cache):
-    generator, _, hf_model, tokenizer = exported
-    texts = ["the ", "a", "hello there", "xy"]
+@pytest.mark.parametrize("name", ["textbook", "rotary", "n-grams, rotary", "n-grams, learned"])
+def test_a_left_padded_batch_writes_the_texts_of_single_prompts(transformers, tmp_path, name):
+    generator = generator_of(**(SWITCHES | OWN_CODE)[name])
+    export(generator, EMPTY_CHECKPOINT, tmp_path / "folder", "float16")
+    hf_model, tokenizer = load(transformers, tmp_path / "folder")
     tokenizer.pad_token, tokenizer.padding_side = "z", "left"
+    texts = ["the ", "a", "hello there", "xy"]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
-    output = hf_model.generate(**batch, do_sample=False, max_new_tokens=12, use_cache=use_cache)
     expected = [generator.complete(text, max_new_chars=12, temperature=0) for text in texts]
-    longest = max(map(len, texts))
-    written = [tokenizer.decode(row)[longest - len(text) :] for row, text in zip(output, texts)]
-    assert written == expected
+    for use_cache in (True, False):
+        settings = dict(do_sample=False, max_new_tokens=12, use_cache=use_cache)
+        output = hf_model.generate(**batch, **settings)
+        texts_with_padding = map(tokenizer.decode, output)
+        assert [t[-len(e) :] for t, e in zip(texts_with_padding, expected)] == expected
 
 
 def test_a_cache_of_any_chunks_gives_the_same_logits(transformers, exported):
@@ -358,7 +361,7 @@ def test_a_wrong_weight_is_found_by_loading_the_folder(transformers, tmp_path, m
 
     monkeypatch.setattr(gpt2_neox, "rename", wrong)
     with pytest.raises(UserError, match="would compute different logits"):
-        export(generator_of(), EMPTY_CHECKPOINT, tmp_path / "folder", "float16")
+        export(generator_of(), EMPTY_CHECKPOINT, tmp_path / "new" / "folder", "float16")
     assert not os.listdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Import of nanoGPT checkpoints; hostile and damaged ones are refused with a plain message."""
+"""Import of nanoGPT checkpoints; malicious and damaged ones are refused with a plain message."""
 
 import os
 import pickle

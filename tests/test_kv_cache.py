@@ -1,4 +1,4 @@
-"""The KV cache against recomputing everything, and its operations on rows."""
+"""The KV cache compared with recomputation, and its operations on rows."""
 
 from random import Random
 

@@ -120,17 +120,20 @@ def test_links_and_pictures_exist():
             assert len(text) > 30, f"{target} needs an alternative text"
 
 
-if __name__ == "__main__":
-    outputs = iter(run_lesson(Path(os.devnull)))
-    fill = False
+def update() -> None:
+    """Write what the blocks print into the page."""
+    outputs, printed = iter(run_lesson(Path(os.devnull))), ""
 
     def write(match: re.Match) -> str:
-        global fill
-        block = Block(*match.groups())
-        if block.language == "text" and block.kind != "trained" and fill:
-            head = match[0].partition("\n")[0]
-            return f"{head}\n{fill}```"
-        fill = next(outputs) if block.language == "python" else ""
+        nonlocal printed
+        block, output = Block(*match.groups()), printed
+        printed = next(outputs) if block.language == "python" else ""
+        if output and block.language == "text" and block.kind != "trained":
+            return match[0].replace(block.body, output)
         return match[0]
 
     LESSON.write_text(FENCE.sub(write, LESSON.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update()

@@ -28,14 +28,14 @@ LIMITS = [f"limit_{split}_batches" for split in ("train", "val", "test")]
 LIMITS += ["overfit_batches", "val_check_interval"]
 
 
-@pytest.mark.parametrize("typed", ["1", "1.0"])
+@pytest.mark.parametrize("value", ["1", "1.0"])
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_keeps_its_type(folder, monkeypatch, name, typed):
+def test_a_limit_keeps_its_type(folder, monkeypatch, name, value):
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
     monkeypatch.chdir(folder)
-    kind = int if typed == "1" else float
-    (folder / "limit.yaml").write_text(f"trainer: {{{name}: {typed}}}\n")
-    for args in ([f"--trainer.{name}={typed}"], [f"--trainer.{name}", typed], ["-c=limit.yaml"]):
+    kind = int if value == "1" else float
+    (folder / "limit.yaml").write_text(f"trainer: {{{name}: {value}}}\n")
+    for args in ([f"--trainer.{name}={value}"], [f"--trainer.{name}", value], ["-c=limit.yaml"]):
         config = TrainingCLI("fit", ["--config=tiny.yaml", *args]).config.trainer
         assert (config[name], type(config[name])) == (1, kind)
 
@@ -99,7 +99,7 @@ def test_a_run_is_found_with_any_logger(folder, command, flags):
     assert [path.name for path in (folder / LOGS).iterdir()] == ["version_0"]
     assert read(folder)["global_step"] == 12
     config = folder / RUN / "config.yaml"
-    assert "version_0" not in config.read_text()  # reusing it starts another run
+    assert "version_0" not in config.read_text()  # the second `fit` starts another run
     again = command(folder, "fit", f"--config={config}", "--trainer.max_steps=1")
     assert again.status == 0, again.err
     assert (folder / LOGS / "version_1" / "checkpoints" / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""The network against its textbook form, causality, initialization, dropout and settings."""
+"""The network compared with its textbook form; causality, initialization, dropout, settings."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss and its mean, the learning rate and the clock, precision, and what a checkpoint carries."""
+"""The loss and its mean, learning rates, time limits, precision, the contents of checkpoints."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from chargpt.vocabulary import Vocabulary
 
 
 class Watch(Callback):
-    """What each step trained with."""
+    """Records the context, the loss and the learning rates of each step."""
 
     def __init__(self) -> None:
         self.lrs, self.losses, self.contexts = [], [], []
@@ -57,9 +57,9 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_validation_loss_is_the_mean_over_all_characters_but_the_first(trained, batch_size):
-    """Against a loop over the characters, each predicted from what stands before it in its block."""
+    """Compared with a loop that predicts each character from those before it in its sequence."""
     folder, module = trained
-    data = make_data(folder, batch_size=batch_size, val_fraction=0.0765)  # 153: no multiple of 8
+    data = make_data(folder, batch_size=batch_size, val_fraction=0.0765)  # 153 is no multiple of 8
     scores = make_trainer(folder).validate(module, data, ckpt_path=last(folder), verbose=False)[0]
     tokens = torch.from_numpy(data.val_tokens.astype("int64"))
     losses = []
@@ -172,7 +172,7 @@ def test_the_test_split_is_scored_like_the_validation_split(trained):
 # ---- learning ----
 
 
-def test_one_batch_is_learnt_by_heart(tmp_path):
+def test_one_batch_is_memorized(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on a mat" + "\n" * 3)
     data = dict(block_size=19, batch_size=4, val_fraction=0.1)
@@ -188,7 +188,7 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
 
 def test_the_seed_decides_weights_batches_and_masks(tmp_path):
     def losses(**seeds):
-        torch.manual_seed(torch.seed())  # what the process did before does not matter
+        torch.manual_seed(torch.seed())  # the state of torch's generator has no effect
         return train(
             tmp_path, data=dict(seed=seeds["data"]), model=dict(seed=seeds["model"]), max_steps=3
         )[0].losses
@@ -201,7 +201,7 @@ def test_the_seed_decides_weights_batches_and_masks(tmp_path):
 
 @pytest.mark.parametrize("model", [dict(dropout=0.5), dict(dropout=0.0, attention_dropout=0.5)])
 def test_each_micro_batch_has_masks_of_its_own(tmp_path, model):
-    """All blocks are alike and the weights stand still: what differs is the masks, and they repeat."""
+    """All sequences are the same and the weights constant: only the masks differ, and they repeat."""
     (tmp_path / "text.txt").write_text("ab" * 900 + "c" * 200)
     model |= dict(lr=1e-12, position="rotary")
     data = dict(batch_size=1)
@@ -212,7 +212,7 @@ def test_each_micro_batch_has_masks_of_its_own(tmp_path, model):
 
 
 def test_masks_are_new_in_each_epoch_too(tmp_path):
-    """Where a limit makes the same batch an epoch, over and over."""
+    """With a limit of one batch per epoch, each epoch has the same batch."""
     model = dict(dropout=0.5, lr=1e-12)
     watch, _, _ = train(
         tmp_path, model=model, max_steps=4, limit_train_batches=1, val_check_interval=1
@@ -229,7 +229,7 @@ def test_masks_are_new_in_each_epoch_too(tmp_path):
     ],
 )
 def test_schedules(tmp_path, schedule, expected):
-    """Of a run of 4 steps, 2 of them warming up, down to a fifth."""
+    """4 steps, 2 of them warm-up, with a final learning rate of a fifth."""
     model = MUON | dict(schedule=schedule, warmup_steps=2, min_lr_ratio=0.2)
     watch, _, _ = train(tmp_path, model=model, max_steps=4, limit_val_batches=0)
     assert [lrs[0] / 0.01 for lrs in watch.lrs] == pytest.approx(expected)
@@ -245,9 +245,9 @@ def test_contexts_grow(tmp_path):
 @pytest.mark.parametrize("model", [{}, MUON])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
-    """Ten steps go the way that they go in float32, from the same weights."""
+    """The losses of ten steps are close to those in float32, from the same weights."""
 
-    class StartAlike(Callback):  # some versions of torch draw other numbers in bfloat16
+    class StartAlike(Callback):  # some versions of torch generate different numbers in bfloat16
         def on_fit_start(self, trainer, module):
             start.build(module.vocabulary)
             module.load_state_dict(start.state_dict())
@@ -316,11 +316,11 @@ def test_the_second_target_fades_and_is_no_part_of_the_network(tmp_path):
     assert_same(dict(gpt.state_dict()), dict(module.gpt.state_dict()))
 
 
-# ---- the clock ----
+# ---- time ----
 
 
 class Clock(Callback):
-    """A second for each step, and no other time passes."""
+    """A clock that advances by one second per step."""
 
     now = 100.0
 
@@ -335,7 +335,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_the_learning_rate_reaches_zero_as_time_is_up(tmp_path, clock):
+def test_the_learning_rate_reaches_zero_when_time_is_up(tmp_path, clock):
     watch, _, trainer = train(
         tmp_path, clock, model=dict(schedule="linear"), max_steps=-1, max_time=dict(seconds=5)
     )
@@ -344,7 +344,7 @@ def test_the_learning_rate_reaches_zero_as_time_is_up(tmp_path, clock):
     assert "val_loss" in trainer.callback_metrics
 
 
-def test_going_on_counts_the_time_already_spent(tmp_path, clock):
+def test_a_resumed_run_counts_the_time_already_spent(tmp_path, clock):
     model, limits = dict(schedule="linear"), dict(max_time=dict(seconds=5))
     train(tmp_path, clock, model=model, max_steps=3, **limits)
     clock.now += 1000  # between the two
@@ -358,7 +358,7 @@ def test_going_on_counts_the_time_already_spent(tmp_path, clock):
 def test_throughput_counts_neither_the_first_step_nor_validation_and_what_follows(
     tmp_path, monkeypatch
 ):
-    """A batch of 4 sequences of 8 characters takes a second here, anything else much longer."""
+    """A batch of 4 sequences of 8 characters takes a second, all else much longer."""
     now, seen = [0.0], []
 
     class Slow(Callback):
@@ -374,10 +374,10 @@ def test_throughput_counts_neither_the_first_step_nor_validation_and_what_follow
     assert seen == [None, None] + [32] * 10
 
 
-# ---- what a checkpoint carries ----
+# ---- the contents of a checkpoint ----
 
 
-def test_a_typed_learning_rate_takes_effect_on_going_on(tmp_path):
+def test_a_learning_rate_flag_takes_effect_when_a_run_is_resumed(tmp_path):
     train(tmp_path, model=MUON, max_steps=4)
     model = MUON | dict(lr=0.5, muon_lr=0.25, muon_weight_decay=0.0)
     watch, _, trainer = train(tmp_path, model=model, max_steps=5, ckpt_path=last(tmp_path))
@@ -411,7 +411,7 @@ def test_another_vocabulary_is_refused(trained, tmp_path):
         (dict(block_size=8, short_contexts={3: 0.5}), "3: 0.5; lengths must divide block_size 8"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         make_module(**settings)
 

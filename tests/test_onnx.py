@@ -118,5 +118,5 @@ def test_wrong_logits_are_refused(tmp_path, monkeypatch):
 def test_a_network_that_is_too_large_for_the_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "find_spec", lambda name: sys)
     monkeypatch.setattr(onnx, "MAX_BYTES", 1000)
-    with pytest.raises(UserError, match="less than 2 GiB"):
+    with pytest.raises(UserError, match="at most 2 GiB"):
         export(generator_of(), {}, tmp_path / "model.onnx", "float16")

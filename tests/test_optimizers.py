@@ -1,4 +1,4 @@
-"""Muon against a plain loop, AdamW against torch's, the tables of optimizers and schedules."""
+"""Muon compared with a plain loop, AdamW with torch's; registering optimizers and schedules."""
 
 import copy
 from types import SimpleNamespace
@@ -89,15 +89,15 @@ def test_the_adamw_part_equals_torchs_adamw(weight_decay):
 
 
 def muon_loop(weight, gradients, lr, weight_decay, momentum, ns_steps, stacked):
-    """Muon's steps on one parameter, as the post describes them."""
+    """Muon's steps on one parameter, as in Jordan et al. 2024."""
     mean = torch.zeros_like(weight)
     for gradient in gradients:
         mean = momentum * mean + (1 - momentum) * gradient
         update = (1 - momentum) * gradient + momentum * mean  # Nesterov
-        pieces = [orthogonalize(piece, ns_steps) for piece in update.chunk(stacked)]
-        rows, columns = pieces[0].shape
+        matrices = [orthogonalize(matrix, ns_steps) for matrix in update.chunk(stacked)]
+        rows, columns = matrices[0].shape
         weight = weight * (1 - lr * weight_decay)
-        weight = weight - lr * max(1, rows / columns) ** 0.5 * torch.cat(pieces)
+        weight = weight - lr * max(1, rows / columns) ** 0.5 * torch.cat(matrices)
     return weight
 
 
@@ -151,7 +151,7 @@ def test_parameters_without_gradient_do_not_change():
     assert torch.equal(params[1], starts[1])
 
 
-def test_muon_takes_the_matrices_of_a_3d_weight_apart():
+def test_muon_splits_a_3d_weight_into_matrices():
     weight = nn.Parameter(draw(2, 12, 8))
     matrices = [nn.Parameter(matrix.clone()) for matrix in weight.detach()]
     settings = dict(muon=True, lr=0.02, weight_decay=0.1)
@@ -166,7 +166,7 @@ def test_muon_takes_the_matrices_of_a_3d_weight_apart():
     torch.testing.assert_close(weight.detach(), torch.stack(list(matrices)).detach())
 
 
-# ---- which parameter is updated how ----
+# ---- parameter groups ----
 
 
 def make_module(**settings) -> nn.Module:

@@ -1,7 +1,4 @@
-"""Users' own classes: callbacks, loggers, strategies, checkpoints and optimizers.
-
-Numbers in comments are those of the review that reported the faults.
-"""
+"""Users' own classes: callbacks, loggers, strategies, checkpoints and optimizers."""
 
 import os
 import shutil
@@ -13,6 +10,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from conftest import assert_error
 from lightning import Callback
 
 import chargpt
@@ -123,23 +121,10 @@ def step(folder: Path) -> int:
     return read(folder / LAST)["global_step"]
 
 
-def assert_error(result, status: int, *words: str) -> None:
-    """One or two lines at the end of standard error say what is wrong."""
-    assert "Traceback" not in result.err, result.err
-    assert result.status == status, result.err
-    lines = result.err.splitlines()
-    first = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
-    assert first is not None, result.err
-    assert len(lines) - first <= 2, result.err
-    message = "\n".join(lines[first:])
-    for word in words:
-        assert word in message
-
-
 # ---- classes that a file or a flag names ----
 
 
-def test_a_callback_of_the_current_folder_works_and_so_does_resuming_with_it(folder, fit):  # 19
+def test_a_callback_of_the_current_folder_works_and_so_does_resuming_with_it(folder, fit):
     result = fit("--config=own.yaml")
     assert result.status == 0, result.err
     assert (folder / "count.txt").read_text() == "8"
@@ -148,7 +133,7 @@ def test_a_callback_of_the_current_folder_works_and_so_does_resuming_with_it(fol
     assert (folder / "count.txt").read_text() == "12"
 
 
-def test_a_callback_of_the_current_folder_works_under_python_m(folder):  # 19
+def test_a_callback_of_the_current_folder_works_under_python_m(folder):
     flags = ("--config=tiny.yaml", "--config=own.yaml", "--trainer.max_steps=2")
     result = subprocess.run(
         [sys.executable, "-m", "chargpt", "fit", *flags],
@@ -161,7 +146,7 @@ def test_a_callback_of_the_current_folder_works_under_python_m(folder):  # 19
     assert (folder / "count.txt").read_text() == "2"
 
 
-def test_a_callback_is_given_on_the_command_line_with_its_settings(folder, fit):  # 19
+def test_a_callback_and_its_settings_by_flag(folder, fit):
     flags = ("--trainer.callbacks.path=other.txt", "--trainer.callbacks.first=100")
     result = fit("--trainer.max_steps=2", "--trainer.callbacks+=own.Counter", *flags)
     assert result.status == 0, result.err
@@ -169,7 +154,7 @@ def test_a_callback_is_given_on_the_command_line_with_its_settings(folder, fit):
 
 
 @pytest.mark.parametrize("place", ["file", "flags"])
-def test_loggers_strategies_and_profilers_of_the_current_folder_work(folder, fit, place):  # 19
+def test_loggers_strategies_and_profilers_of_the_current_folder_work(folder, fit, place):
     flags, lines = [], []
     for setting, name in (("logger", "Lines"), ("strategy", "Device"), ("profiler", "Actions")):
         flags += [f"--trainer.{setting}=own.{name}", f"--trainer.{setting}.path={name}.txt"]
@@ -181,7 +166,7 @@ def test_loggers_strategies_and_profilers_of_the_current_folder_work(folder, fit
     assert step(folder) == 2
 
 
-def test_a_run_configuration_that_names_an_own_class_can_be_reused(folder, command):  # 19
+def test_a_run_configuration_that_names_an_own_class_can_be_reused(folder, command):
     flags = ("--config=tiny.yaml", "--config=own.yaml", "--trainer.max_steps=2")
     assert command(folder, "fit", *flags).status == 0
     config = RUN / "config.yaml"
@@ -190,7 +175,7 @@ def test_a_run_configuration_that_names_an_own_class_can_be_reused(folder, comma
     assert (folder / "count.txt").read_text() == "1"
 
 
-def test_validate_accepts_a_file_that_names_an_own_class(folder, fit, command):  # 19
+def test_validate_accepts_a_file_that_names_an_own_class(folder, fit, command):
     assert fit("--config=own.yaml", "--trainer.max_steps=2").status == 0
     plain = command(folder, "validate")
     result = command(folder, "validate", "--config=own.yaml")
@@ -198,13 +183,13 @@ def test_validate_accepts_a_file_that_names_an_own_class(folder, fit, command): 
 
 
 @pytest.mark.parametrize("name", ["own.Nothing", "nowhere.Nothing"])
-def test_a_class_that_does_not_exist_is_a_plain_error(folder, fit, name):  # 19
+def test_a_class_that_does_not_exist_is_a_plain_error(folder, fit, name):
     result = fit(f"--trainer.callbacks+={name}")
     assert_error(result, 2, name)
     assert not (folder / "lightning_logs").exists()
 
 
-def test_an_error_in_an_own_callback_keeps_its_traceback(folder, fit):  # 29
+def test_an_error_in_an_own_callback_keeps_its_traceback(folder, fit):
     result = fit("--trainer.callbacks+=own.Broken")
     assert result.status == 1
     assert "Traceback" in result.err
@@ -216,7 +201,7 @@ def test_an_error_in_an_own_callback_keeps_its_traceback(folder, fit):  # 29
 
 
 def early_stopping(patience: int) -> list[str]:
-    """Stops after that many validations, as no loss improves by 9."""
+    """EarlyStopping that stops after `patience` validations, since no loss improves by 9."""
     return [
         "--trainer.callbacks+=EarlyStopping",
         "--trainer.callbacks.monitor=val_loss",
@@ -225,7 +210,7 @@ def early_stopping(patience: int) -> list[str]:
     ]
 
 
-def test_a_run_that_a_callback_stopped_says_which_and_why(folder, fit):  # 20
+def test_a_run_that_a_callback_stopped_says_which_and_why(folder, fit):
     result = fit("--trainer.max_steps=40", *early_stopping(1))
     assert result.status == 0, result.err
     assert step(folder) == 8
@@ -233,20 +218,20 @@ def test_a_run_that_a_callback_stopped_says_which_and_why(folder, fit):  # 20
     assert "val_loss" in line
 
 
-def test_a_run_that_ends_at_its_limit_names_no_callback(fit):  # 20
+def test_a_run_that_ends_at_its_limit_names_no_callback(fit):
     result = fit(*early_stopping(9))
     assert result.status == 0, result.err
     assert "EarlyStopping" not in result.err
 
 
-def test_the_same_command_resumes_the_count_of_early_stopping(folder, fit):  # 20
+def test_the_same_command_resumes_the_count_of_early_stopping(folder, fit):
     assert fit(*early_stopping(3)).status == 0  # one of three validations without progress
     result = fit(*early_stopping(3), "--ckpt_path=last", "--trainer.max_steps=40")
     assert result.status == 0, result.err
     assert step(folder) == 16
 
 
-def test_settings_of_a_callback_override_its_restored_state(folder, fit):  # 20
+def test_settings_of_a_callback_override_its_restored_state(folder, fit):
     assert fit("--trainer.max_steps=40", *early_stopping(1)).status == 0
     assert step(folder) == 8
     result = fit(*early_stopping(3), "--ckpt_path=last", "--trainer.max_steps=40")
@@ -270,9 +255,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_callback_with_a_state_resumes_with_the_same_command_only(
-    folder, fit, command, name
-):  # 20, 21
+def test_a_callback_with_a_state_resumes_with_the_same_command_only(folder, fit, command, name):
     assert fit(*STATEFUL[name]).status == 0
     before = (folder / LAST).read_bytes()
     resume = ("--ckpt_path=last", "--trainer.max_steps=12")
@@ -283,12 +266,12 @@ def test_a_callback_with_a_state_resumes_with_the_same_command_only(
     assert step(folder) == 12
 
 
-def test_evaluation_does_not_need_the_callbacks_of_the_run(folder, fit, command):  # 20
+def test_evaluation_does_not_need_the_callbacks_of_the_run(folder, fit, command):
     assert fit(*STATEFUL["EarlyStopping"], "--trainer.max_steps=4").status == 0
     assert command(folder, "validate").status == 0
 
 
-def test_the_same_command_resumes_with_callbacks_without_a_state(folder, fit):  # 20
+def test_the_same_command_resumes_with_callbacks_without_a_state(folder, fit):
     flags = [
         "--trainer.callbacks+=LearningRateMonitor",
         "--trainer.callbacks+=ThroughputMonitor",
@@ -303,7 +286,7 @@ def test_the_same_command_resumes_with_callbacks_without_a_state(folder, fit):  
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
-def test_a_misspelt_monitor_is_a_plain_error(fit, name):  # 21
+def test_a_misspelled_monitor_is_a_plain_error(fit, name):
     result = fit(f"--trainer.callbacks+={name}", "--trainer.callbacks.monitor=valloss")
     assert_error(result, 1, "valloss", "val_loss")
 
@@ -320,7 +303,7 @@ trainer:
 """
 
 
-def test_several_checkpoint_callbacks_work_beside_ours_and_resume(folder, fit, command):  # 21
+def test_several_checkpoint_callbacks_work_and_resume(folder, fit, command):
     (folder / "checkpoints.yaml").write_text(CHECKPOINTS)
     plain_folder = shutil.copytree(folder, folder / "plain")
     assert command(plain_folder, "fit", "--config=tiny.yaml", "--trainer.max_steps=12").status == 0
@@ -335,15 +318,15 @@ def test_several_checkpoint_callbacks_work_beside_ours_and_resume(folder, fit, c
     assert steps("own") == [3, 6, 9, 12]
     assert len(steps("mine")) == 1
     names = {path.name for path in (folder / RUN / "checkpoints").glob("*.ckpt")}
-    assert len(names) == 2 + 3  # ours, and the three best of three validations
-    for path in (LAST, BEST):  # ours equal those of a run without the others
+    assert len(names) == 2 + 3  # last, best, and those of three validations
+    for path in (LAST, BEST):  # last and best equal those of a run without the user's callbacks
         own, plain = read(folder / path), read(plain_folder / path)
         assert own["global_step"] == plain["global_step"]
         for key, weight in plain["state_dict"].items():
             assert torch.equal(own["state_dict"][key], weight)
 
 
-def test_own_checkpoints_do_not_replace_last_and_best(folder, fit, command):  # 2, 21
+def test_own_checkpoints_do_not_replace_last_and_best(folder, fit, command):
     (folder / "names.yaml").write_text(
         "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, "
         "save_top_k: 1, filename: best, save_last: true}}]}"
@@ -391,7 +374,7 @@ def train(folder: Path, module, *callbacks, ckpt_path=None, **settings) -> light
     return trainer
 
 
-def test_make_trainer_keeps_checkpoints_and_takes_callbacks_and_loggers(folder):  # 30
+def test_make_trainer_keeps_checkpoints_and_takes_callbacks_and_loggers(folder):
     from lightning.pytorch.loggers import CSVLogger
 
     rates, logger = Rates(), CSVLogger(folder, name="logs")
@@ -405,7 +388,7 @@ def test_make_trainer_keeps_checkpoints_and_takes_callbacks_and_loggers(folder):
     assert len(chargpt.load(last).complete("the", max_new_chars=5)) == 8
 
 
-def test_make_trainer_keeps_a_run_where_the_commands_find_it(folder, command):  # 30
+def test_make_trainer_keeps_a_run_where_the_commands_find_it(folder, command):
     train(folder, chargpt.GPTModule(**SIZES), logger=True)
     assert step(folder) == 8
     result = command(folder, "validate")
@@ -442,7 +425,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("module_class", RATES, ids=lambda cls: cls.__name__)
-def test_an_overridden_optimizer_trains_with_its_own_learning_rates(folder, module_class):  # 11, 30
+def test_an_overridden_optimizer_trains_with_its_own_learning_rates(folder, module_class):
     module = module_class(**SIZES, lr=3.0, schedule="cosine", warmup_steps=3)
     trainer = train(folder, module, rates := Rates())
     assert rates.seen == pytest.approx(RATES[module_class])
@@ -450,9 +433,7 @@ def test_an_overridden_optimizer_trains_with_its_own_learning_rates(folder, modu
 
 
 @pytest.mark.parametrize("module_class", RATES, ids=lambda cls: cls.__name__)
-def test_an_overridden_optimizer_resumes_with_its_own_learning_rates(
-    folder, module_class
-):  # 11, 30
+def test_an_overridden_optimizer_resumes_with_its_own_learning_rates(folder, module_class):
     whole = module_class(**SIZES)
     train(folder, whole)
     other = folder / "stopped"
@@ -466,7 +447,7 @@ def test_an_overridden_optimizer_resumes_with_its_own_learning_rates(
         assert torch.equal(resumed.state_dict()[name], weight), name
 
 
-def test_calling_the_module_gives_the_logits_of_its_network(folder, text):  # 30
+def test_calling_the_module_gives_the_logits_of_its_network(folder, text):
     module = chargpt.GPTModule(**SIZES)
     train(folder, module)
     (last,) = folder.rglob("last.ckpt")

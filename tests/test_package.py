@@ -74,14 +74,13 @@ def test_an_installed_package_trains_generates_and_exports(installed, tmp_path, 
     (tmp_path / "text.txt").write_text(text, newline="\n")
 
     def run(*args: str) -> str:
-        code = "from chargpt.__main__ import main; main()"  # as the console command does
+        code = "from chargpt.__main__ import main; main()"  # like the console command
         return python(tmp_path, "-c", code, *args, path=installed)
 
-    settings = ("--data.corpus=text.txt", "--trainer.max_steps=2", "--model.bias=false")
-    run("fit", "--config", "debug", *settings)
+    run("fit", "--config", "debug", "--data.corpus=text.txt", "--trainer.max_steps=2")
     assert run("predict", "--generate.prompt=The", "--generate.max_new_chars=5").startswith("The")
     run("export", "--to=huggingface", "--output=folder")
-    assert (tmp_path / "folder" / "model.safetensors").is_file()
+    assert (tmp_path / "folder" / "modeling_chargpt.py").is_file()  # with code of its own
 
 
 def test_a_configuration_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch, command):

@@ -599,18 +599,16 @@ def test_a_click_shows_probabilities_that_follow_the_sliders(opened, usual):
     with torch.no_grad():
         logits = generator.gpt(torch.tensor([generator.encode(text[:7])]))[0, -1]
     probabilities = logits.softmax(-1)
-    assert opened.text("#bars li:first-child .percent") == f"{probabilities.max():.0%}".replace(
-        "%", " %"
-    )
+    assert opened.text("#bars li:first-child .percent") == f"{probabilities.max():.0%}"
     actual = generator.encode(text[7])[0]
     assert f"{-probabilities[actual].log2():.2f} bits" in opened.text("#seen")
     assert opened.element("#position").get_property("value") == "8"  # counted from 1
     opened.fill("#top_k", 1)
-    assert opened.text("#bars li:first-child .percent") == "100 %"
-    assert opened.text("#bars li:nth-child(2) .percent") == "0 %"
+    assert opened.text("#bars li:first-child .percent") == "100%"
+    assert opened.text("#bars li:nth-child(2) .percent") == "0%"
     opened.fill("#top_k", len(CHARACTERS))
     opened.fill("#temperature", 0)
-    assert opened.text("#bars li:first-child .percent") == "100 %"
+    assert opened.text("#bars li:first-child .percent") == "100%"
 
 
 TRACE = "JSON.parse(JSON.stringify(inside.trace, (_, v) => (ArrayBuffer.isView(v) ? Array.from(v) : v)))"
@@ -656,7 +654,7 @@ def test_lens_maps_and_query_times_key_match_inspect(chrome, tmp_path, switches)
             with inspect(gpt) as layers, torch.no_grad():
                 gpt(torch.tensor([ids[first:position]]))
             weight = layers[layer].attention[0, head, -1, key - first].item()
-            shown = re.search(r"the weight is ([\d.]+)\.$", chrome.text("#weight"))[1]
+            shown = re.search(r"the weight ([\d.]+)\.$", chrome.text("#weight"))[1]
             assert math.isclose(float(shown), weight, abs_tol=1e-4)
             products = chrome.js(
                 "[...document.querySelectorAll('#products tbody td:last-child')].map((e) => Number(e.textContent))"
@@ -688,7 +686,22 @@ def test_a_click_on_a_map_selects_its_row_and_key(opened, usual):
     with inspect(generator.gpt) as layers, torch.no_grad():
         generator.gpt(torch.tensor([generator.encode(text[:7])]))
     weight = layers[0].attention[0, 1, -1, 2].item()
-    assert opened.text("#weight").endswith(f"the weight is {weight:.4f}.")
+    assert opened.text("#weight").endswith(f"the weight {weight:.4f}.")
+
+
+def test_keyboard_focus_stays_when_a_head_is_chosen(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.write("abba", max_new_chars=14, seed=2)
+    opened.element("#text").send_keys(Keys.END)
+    opened.element("input[value=surprise]").send_keys(Keys.ARROW_RIGHT)
+    assert opened.text("#stage") == "Attention 1"
+    opened.wait("inside.trace?.maps")
+    opened.element(".map:nth-child(2) button").send_keys(Keys.ENTER)
+    opened.wait("inside.trace?.pair && document.querySelector('.chosen')")
+    assert opened.js("document.activeElement.textContent") == "Head 2"
+    opened.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert opened.js("[inside.position, document.activeElement.id]") == [None, "text"]
 
 
 def test_every_stage_opens_its_numbers(chrome, tmp_path):
@@ -747,7 +760,7 @@ def test_what_if_continues_as_python_does(chrome, tmp_path, switches):
     with torch.no_grad():
         first = chrome.js("inside.first")
         logits = generator.gpt(torch.tensor([generator.encode(before[first:25])]))[0, -1]
-    drawn = float(re.search(r"number drawn is (0\.\d+)", chrome.text("#drawn"))[1])
+    drawn = float(re.search(r"random number is (0\.\d+)", chrome.text("#drawn"))[1])
     assert math.isclose(drawn, uniform(3, 0, 25), abs_tol=1e-4)
     cumulative = (logits.double() / 1.1).softmax(-1).cumsum(-1)
     picked = CHARACTERS.index(before[25])
@@ -775,7 +788,7 @@ def test_what_if_continues_as_python_does(chrome, tmp_path, switches):
     assert not chrome.element("#undo").is_displayed()
     # sliders that were moved since: the number stays, what it picks changes
     chrome.fill("#temperature", 0)
-    assert "no number is drawn" in chrome.text("#drawn")
+    assert "no random number" in chrome.text("#drawn")
 
 
 def test_what_if_in_a_prompt_at_the_end_and_in_a_scored_text(opened, usual):
@@ -784,7 +797,7 @@ def test_what_if_in_a_prompt_at_the_end_and_in_a_scored_text(opened, usual):
     for position in (3, 19):
         opened.js(f"select({position})")
         opened.wait(f"inside.seen === {position}")
-        assert ("given, not drawn" in opened.text("#drawn")) is (position == 3)
+        assert ("was not sampled" in opened.text("#drawn")) is (position == 3)
         picked = opened.js("descending(inside.logits)[1]")
         opened.click("#bars li:nth-child(2) button")
         opened.wait("text.ended")
@@ -1015,6 +1028,19 @@ def test_on_a_phone_the_page_fits_and_the_selected_character_is_visible_above_th
             assert span["top"] >= 0 and span["bottom"] <= panel["top"] < 844 - 200
             assert panel["bottom"] <= 844
         assert opened.js("document.documentElement.scrollWidth") == 390
+
+
+def test_text_legend_and_status_are_above_the_fold(opened):
+    metrics = dict(width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    opened.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        opened.write("abcdefgh" * 30, max_new_chars=900, seed=1)
+        boxes = opened.js(
+            "['legend', 'text', 'status'].map((id) => document.getElementById(id).getBoundingClientRect().toJSON())"
+        )
+        assert boxes[0]["bottom"] < boxes[1]["top"] + 10 < 400 and boxes[2]["bottom"] <= 900
+    finally:
+        opened.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_whole_text_is_printed(opened):

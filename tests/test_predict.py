@@ -129,7 +129,7 @@ def test_a_named_pipe_is_written_to_not_replaced(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="this system has no /dev/fd")
 def test_an_open_pipe_is_written_to():
-    """As in the shell with `--generate.output >(gzip > poem.gz)`."""
+    """As with `--generate.output >(gzip > poem.gz)` in a shell."""
     reader, pipe = os.pipe()
     run(prompt="café", output=f"/dev/fd/{pipe}")
     assert os.read(reader, 1000) == line(complete("café")).encode()

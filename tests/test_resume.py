@@ -1,4 +1,4 @@
-"""Resuming: runs that are stopped anywhere end with the same bits; checkpoints are complete or absent."""
+"""Resuming: a run that was stopped at any time ends with the same bits; checkpoints are atomic."""
 
 import errno
 import math
@@ -20,11 +20,11 @@ from chargpt.training.checkpointing import RunCheckpoint
 
 
 class Killed(BaseException):
-    """What kill -9 leaves is what had been written before."""
+    """Stands for kill -9: nothing is written after it."""
 
 
 class StopAt(Callback):
-    """Stops the run in a hook, the `nth` time that it is called: by a signal, or dead."""
+    """Stops the run at the `nth` call of a hook, by a signal or as kill -9 does."""
 
     def __init__(self, hook: str, nth: int, by: int | None) -> None:
         self.calls, self.nth, self.by = 0, nth, by
@@ -40,7 +40,7 @@ class StopAt(Callback):
 
 
 class Scores(Callback):
-    """Each validation's step, as the logger counts, and loss."""
+    """The step (as loggers count) and loss of each validation."""
 
     def __init__(self) -> None:
         self.seen = []
@@ -55,7 +55,7 @@ class Scores(Callback):
 
 
 def run(folder, *callbacks, ckpt_path=None, model=None, data=None, **settings):
-    """Train in `folder`; what was scored, and the checkpoint at the end."""
+    """Train in `folder`; returns the scores and the last checkpoint."""
     folder.mkdir(exist_ok=True)
     scores = Scores()
     trainer = make_trainer(folder, scores, *callbacks, **settings)
@@ -81,7 +81,7 @@ INTERRUPTIONS = [
     # hook, nth call, signal, remaining validations (of 3, after steps 4, 8 and 12)
     ("on_train_batch_start", 1, signal.SIGINT, 3),
     ("on_train_batch_start", 6, signal.SIGTERM, 2),
-    ("on_train_batch_end", 8, signal.SIGINT, 1),  # a validation is due: it is waited for
+    ("on_train_batch_end", 8, signal.SIGINT, 1),  # a validation is due and runs first
     ("on_validation_start", 2, signal.SIGTERM, 1),
     ("on_validation_batch_start", 12, signal.SIGINT, 1),
     ("on_validation_end", 2, signal.SIGINT, 1),
@@ -156,7 +156,7 @@ def test_the_recipe_of_cpu_yaml_resumes_exactly(tmp_path, whole_cpu, hook, nth, 
 
 def test_a_finished_run_continues_with_more_steps(tmp_path, recipe):
     train, whole, accumulate = recipe
-    train(tmp_path, max_steps=7)  # validates after its last step too, the whole run does not
+    train(tmp_path, max_steps=7)  # validates after its last step, unlike the whole run
     _, end = train(tmp_path, ckpt_path=last(tmp_path))
     assert_same_end(whole, (whole[0][-2:], end))
 
@@ -202,12 +202,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     clock = iter([10.0, 10.1, 12.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     callback.receive(signal.SIGINT, None)
-    callback.receive(signal.SIGINT, None)  # torchrun's echo of the first
+    callback.receive(signal.SIGINT, None)  # the first one, passed on by torchrun
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT, None)
 
 
-# ---- checkpoints are complete or absent ----
+# ---- atomic checkpoints ----
 
 
 def test_a_full_disk_costs_the_checkpoint_being_written_and_no_other(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_full_disk_costs_the_checkpoint_being_written_and_no_other(tmp_path, m
     assert last(tmp_path).read_bytes() == before
     assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [
         ".ckpt"
-    ] * 2  # no half file
+    ] * 2  # no partial file
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
@@ -279,7 +279,7 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("log_every, step", [(1, 6), (100, 8)])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every, step):
-    """It is noticed where the loss is logged, else before the next checkpoint."""
+    """NaN is found when the loss is logged, or before the next checkpoint."""
     with pytest.raises(UserError, match=f"nan at step {step}"):
         run(tmp_path, Poison(5), log_every_n_steps=log_every)
     checkpoint = read_checkpoint(last(tmp_path))
@@ -299,7 +299,7 @@ def test_ctrl_c_saves_no_nan(tmp_path):
 
 
 def test_a_time_limit_within_an_accumulation_waits_for_the_optimizer_step(tmp_path):
-    """So that a run which gets more time resumes exactly."""
+    """A run that gets more time then resumes exactly."""
 
     class Limit(Callback):
         def on_train_batch_end(self, trainer, *_) -> None:

@@ -26,7 +26,7 @@ def make_generator(characters: str = CHARACTERS, **switches) -> TextGenerator:
 
 
 def save(path, generator: TextGenerator, **changes) -> str:
-    """A checkpoint with this network, and other parts in place of some."""
+    """A checkpoint with this network, with some parts replaced."""
     gpt = generator.gpt
     torch.save(checkpoint_of(gpt.state_dict(), gpt.config, generator.vocabulary) | changes, path)
     return str(path)
@@ -38,9 +38,9 @@ def save(path, generator: TextGenerator, **changes) -> str:
 def test_complete_returns_the_prompt_and_all_chunks_of_stream():
     generator = make_generator()
     text = generator.complete("abc", max_new_chars=40, seed=3)
-    pieces = list(generator.stream("abc", max_new_chars=40, seed=3))
-    assert text == "abc" + "".join(pieces)
-    assert len(text) == 43 and [len(piece) for piece in pieces] == [1] * 40
+    chunks = list(generator.stream("abc", max_new_chars=40, seed=3))
+    assert text == "abc" + "".join(chunks)
+    assert len(text) == 43 and [len(chunk) for chunk in chunks] == [1] * 40
     assert text != generator.complete("abc", max_new_chars=40, seed=4)
 
 

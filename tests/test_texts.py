@@ -96,7 +96,7 @@ def test_a_byte_order_mark_is_left_out_with_a_warning(tmp_path, data_dir):
         assert read(tmp_path / "books", data_dir) == "café\ncafé\n"
 
 
-def test_a_link_to_nothing_is_named(tmp_path, data_dir):
+def test_a_dangling_link_is_named(tmp_path, data_dir):
     write(tmp_path / "books/a.txt", "some text")
     link(tmp_path / "books/b.txt", "b.txt")
     with pytest.raises(UserError, match="b.txt is neither a file nor a folder"):
@@ -106,7 +106,7 @@ def test_a_link_to_nothing_is_named(tmp_path, data_dir):
 
 
 def test_a_path_that_is_not_utf8(tmp_path, data_dir):
-    """It is refused only where a run has to record it: files in a folder may have any name."""
+    """Refused only where a run has to record the path: files in a folder may have any name."""
     file = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
     try:
         with open(file, "w") as stream:
@@ -178,7 +178,7 @@ SHAKESPEARE = b"ROMEO:\nBut, soft! what light through yonder window breaks?\n" *
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """A stand-in for the host of tiny-shakespeare that can fail in several ways."""
+    """A test double for the server of tiny-shakespeare that can fail in several ways."""
 
     def do_GET(self):
         fault = self.path.strip("/")
@@ -189,7 +189,7 @@ class Host(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/page")
             return self.end_headers()
         if fault == "silent":
-            return time.sleep(5)  # in a thread that nobody waits for
+            return time.sleep(5)  # in a thread that is never joined
         self.send_response(200)
         body = b"<!doctype html><title>Log in</title>" if fault == "page" else SHAKESPEARE
         body = body[::-1] if fault == "wrong" else body
@@ -256,7 +256,7 @@ FALLBACK = "^tiny-shakespeare is unavailable, so python-reference is used instea
 
 def test_the_fallback_is_used_with_a_warning(data_dir, home):
     home("missing")
-    with pytest.warns(UserWarning, match=FALLBACK + ": .*404"):
+    with pytest.warns(UserWarning, match=FALLBACK + ".*404.*save it as"):
         corpus = open_text("tiny-shakespeare", data_dir, fallback="python-reference")
     assert corpus.source.name == "python-reference"
     assert corpus.digest == open_text("python-reference", data_dir).digest

@@ -1,4 +1,4 @@
-"""Token files: every character is restored, and a damaged or outdated file is never used."""
+"""Token files: encoding is lossless, and a damaged or outdated file is never used."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ def test_the_last_character_of_unicode(tmp_path, data_dir):
     assert corpus.vocabulary.decode(corpus.tokens) == text
 
 
-def test_nothing_is_written_beside_a_users_file(tmp_path, data_dir, cache):
+def test_nothing_is_written_next_to_a_users_file(tmp_path, data_dir, cache):
     path = tmp_path / "mine" / "a.txt"
     write(path, "some text")
     open_text(str(path), data_dir)

@@ -1,4 +1,4 @@
-"""The vocabulary against a plain dict, and its error messages."""
+"""The vocabulary compared with a plain dict, and its error messages."""
 
 import random
 import sys

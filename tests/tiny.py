@@ -1,4 +1,4 @@
-"""A text, a network and a trainer so small that a whole run takes a moment."""
+"""A text, a network and a trainer for runs that take less than a second."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ MUON = dict(optimizer="muon", muon_lr=0.02, muon_weight_decay=0.1)
 
 def write_text(folder: Path, length: int = 2000, alphabet: str = "abcdefgh \n") -> Path:
     path = folder / "text.txt"
-    if not path.exists():  # written anew it would be encoded anew
+    if not path.exists():  # a new file would be encoded again
         path.write_text(
             alphabet + "".join(random.Random(0).choices(alphabet, k=length - len(alphabet)))
         )
@@ -36,7 +36,7 @@ def open_text(corpus: str, data_dir: Path | None = None, fallback: str | None = 
 
 
 def token_files(folder: Path) -> list[Path]:
-    """All token files below a folder, half-written ones too."""
+    """All token files in a folder and its subfolders, partial ones too."""
     return sorted(folder.rglob("*.npy*"))
 
 
@@ -74,7 +74,7 @@ def last(folder: Path) -> Path:
 
 
 def assert_same(a, b) -> None:
-    """Bit for bit: nested dicts and lists of tensors and plain values."""
+    """Assert that nested dicts and lists of tensors and plain values are bit-identical."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)

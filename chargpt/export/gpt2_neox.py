@@ -1,4 +1,4 @@
-"""A network as GPT-2 or GPT-NeoX, two architectures that transformers implement.
+"""Conversion to GPT-2 or GPT-NeoX, two architectures that Transformers implements.
 
 They compute the same function once weights are renamed and reordered: GPT-2 (Radford et al. 2019)
 with learned positions, GPT-NeoX (Black et al. 2022, arXiv:2204.06745) with rotary positions. Both
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from chargpt.export.comparison import same_logits
 from chargpt.model import GPT, GPTConfig
 
-# The settings that both architectures have, and the activations that transformers know.
+# The settings that both architectures have, and the activations that Transformers has.
 SHARED = {"block_size", "n_embd", "n_head", "n_layer"}
 SHARED |= {"dropout", "attention_dropout", "position", "activation"}
 ACTIVATIONS = ("relu", "gelu", "relu2")
@@ -44,9 +44,10 @@ def convert(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 
 @torch.no_grad()
 def with_layer_norms_and_biases(gpt: GPT) -> GPT | None:
-    """The network with norm "layer" and all biases but the head's; None if a part has no place.
+    """The network with norm "layer" and with all biases except the head's.
 
-    The result may compute something else, for example if its norms are not LayerNorms: compare.
+    None if that has no counterpart of one of its weights. Otherwise its logits may still differ,
+    for example if the norms of `gpt` are not LayerNorms.
     """
     settings = {name: value for name, value in asdict(gpt.config).items() if name in SHARED}
     if settings["activation"] not in ACTIVATIONS:

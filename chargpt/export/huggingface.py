@@ -1,10 +1,10 @@
-"""Export to a folder that Hugging Face transformers load.
+"""Export to a folder that Hugging Face Transformers loads.
 
     AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-Where GPT-2 or GPT-NeoX compute the same logits, the folder is such a model (`gpt2_neox.py`).
-Otherwise it contains code of its own, loaded with `trust_remote_code=True`: the files of
-chargpt/model/ as they are, and those of remote_code/, which make them a transformers model.
+If GPT-2 or GPT-NeoX computes the same logits, the folder is such a model (`gpt2_neox.py`).
+Otherwise it contains its own code, loaded with `trust_remote_code=True`: the files of
+chargpt/model/ as they are, and those of remote_code/, which wrap them for Transformers.
 """
 
 import json
@@ -13,7 +13,7 @@ import struct
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
 from importlib.resources import files
@@ -34,7 +34,7 @@ from chargpt.vocabulary import Vocabulary
 
 
 def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, dtype: str) -> str:
-    """Write the network, its vocabulary and a model card to a folder; returns what it is.
+    """Write the network, its vocabulary and a model card to a folder; returns its description.
 
     Args:
         generator: the network and its vocabulary.
@@ -74,8 +74,8 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
             copy_code(folder)
         check(folder, gpt, own_code=not standard)
     if standard:
-        return f"{config['architectures'][0]}, which transformers load without additional code"
-    return "a model with its own code, which transformers load with trust_remote_code=True"
+        return f"{config['architectures'][0]}, which Transformers loads without additional code"
+    return "a model with its own code, which Transformers loads with trust_remote_code=True"
 
 
 @contextmanager
@@ -90,19 +90,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise UserError(f"{path} is not empty; use a new or an empty folder")
     elif path.exists() or path.is_symlink():
         raise UserError(f"{path} is a file, not a folder; use a new or an empty folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in path.parents if not parent.exists()]
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.is_dir():
             path.rmdir()  # empty: renaming onto a folder is an error on Windows
         temporary.rename(path)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
-# ---- code of its own ----
+# ---- a model with its own code ----
 
 
 def with_own_code(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -125,7 +129,7 @@ def with_own_code(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the model's files, flat: transformers load no packages."""
+    """Copy the model's files, without subfolders, which Transformers does not copy."""
     for source in (files("chargpt.model"), files("chargpt.export") / "remote_code"):
         for file in source.iterdir():
             if file.name.endswith(".py") and file.name != "__init__.py":
@@ -135,11 +139,17 @@ def copy_code(folder: Path) -> None:
 # ---- the comparison at the end ----
 
 
-def check(folder: Path, gpt: GPT, own_code: bool) -> None:
-    """Load the folder with transformers, if they are installed, and compare its logits.
+ADVICE = (
+    "an export contains the code of chargpt/model/ only: norms, activations and layers that are "
+    "defined elsewhere have to be moved there. If there are none, update transformers"
+)
 
-    Without them, code of its own is compared without the transformers classes. A GPT-2 or GPT-NeoX
-    is then not loaded: its weights were compared before they were renamed.
+
+def check(folder: Path, gpt: GPT, own_code: bool) -> None:
+    """Load the folder with Transformers, if it is installed, and compare the logits.
+
+    If it is not, a folder with its own code is loaded without its Transformers classes, and a GPT-2
+    or GPT-NeoX is not loaded: its weights were compared before they were renamed.
 
     Raises:
         UserError: the folder cannot be loaded, or its logits are different.
@@ -157,12 +167,6 @@ def check(folder: Path, gpt: GPT, own_code: bool) -> None:
         raise UserError(f"the exported folder cannot be loaded: {reason}\n{ADVICE}") from error
     if not same:
         raise UserError(f"the exported folder would compute different logits\n{ADVICE}")
-
-
-ADVICE = (
-    "an export contains the code of chargpt/model/ only: norms, activations and layers that are "
-    "defined elsewhere have to be moved there. If there are none, update transformers"
-)
 
 
 @contextmanager
@@ -186,7 +190,7 @@ def imported(folder: Path) -> Iterator[Callable[[str], Any]]:
 def load_with_transformers(
     folder: Path, load_module: Callable[[str], Any] | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """The folder's model as a function of ids, or None if transformers are not installed."""
+    """The folder's model as a function of ids, or None if Transformers is not installed."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -204,7 +208,7 @@ def load_with_transformers(
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
-    # With an attention mask, which code of its own handles like a cache.
+    # With an attention mask, so that its own code takes the path for padding and caches.
     return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).logits
 
 

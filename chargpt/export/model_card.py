@@ -11,9 +11,9 @@ import chargpt
 from chargpt.checkpoints import validation_loss
 from chargpt.text_generator import TextGenerator
 
-STANDARD = "Transformers load it\nwithout additional code."
+STANDARD = "Transformers loads it\nwithout additional code."
 OWN_CODE = """Its code is in this
-folder (chargpt's, MIT license); `trust_remote_code=True` allows transformers to run it."""
+folder (chargpt's, MIT license); `trust_remote_code=True` allows Transformers to run it."""
 
 
 def model_card(generator: TextGenerator, checkpoint: dict[str, Any], own_code: bool) -> str:

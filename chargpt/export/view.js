@@ -118,7 +118,7 @@ const append_next = () => add_span("next");
 function add_span(name) {
   if (!text.line) {
     text.line = document.createElement("div");
-    text.line.ariaHidden = "true"; // screen readers get #plain instead of a node for each character
+    text.line.setAttribute("aria-hidden", "true"); // screen readers get #plain instead of a node for each character
     $("text").append(text.line);
   }
   const span = document.createElement("span");
@@ -198,8 +198,15 @@ function show_settings() {
 
 // The form's values survive a reload in the history entry; storage is not available to all local files.
 const FIELDS = ["prompt", "seed", ...NUMBERS];
+let saving = 0;
+
+function save_soon() {
+  clearTimeout(saving);
+  saving = setTimeout(save_form, 400); // browsers limit how often the entry may be replaced
+}
 
 function save_form() {
+  clearTimeout(saving);
   history.replaceState(Object.fromEntries(FIELDS.map((id) => [id, $(id).value])), "");
 }
 
@@ -229,12 +236,14 @@ function write() {
   const number = prompt && attempt("seed", seed);
   const chosen = { ...settings(), seed: number };
   if (number === null || attempt("max_new_chars", () => check_form(chosen)) === null) return;
+  save_form();
   text.past = [];
   run({ type: "write", prompt, settings: chosen, start: prompt.length });
 }
 
 function check_form(chosen) {
-  if (Number.isNaN(chosen.max_new_chars)) throw new Error("the length is empty; it must be a whole number of at least 0");
+  if (Number.isNaN(chosen.max_new_chars))
+    throw new Error("the length is empty; it must be a whole number of at least 0");
   check_settings(chosen);
   return true;
 }
@@ -248,6 +257,7 @@ function score() {
     return ids;
   });
   if (ids === null) return;
+  save_form();
   text.past = [];
   run({ type: "score", ids });
 }
@@ -328,7 +338,7 @@ function clear_selection() {
 function show_first() {
   forget();
   inside.seen = 0;
-  $("seen").textContent = "The network does not predict the first character: there is none before it.";
+  $("seen").textContent = "The network does not predict the first character: nothing comes before it.";
   show_inside();
 }
 
@@ -379,8 +389,8 @@ const actual_id = () =>
   inside.seen < text.characters.length ? VOCABULARY.ids.get(text.characters[inside.seen]) : null;
 
 const percent = (p) =>
-  p >= 0.0995 ? `${(p * 100).toFixed(0)} %` : p >= 0.001 ? `${(p * 100).toFixed(1)} %`
-    : p > 0 ? "<0.1 %" : "0 %"; // prettier-ignore
+  p >= 0.0995 ? `${(p * 100).toFixed(0)}%` : p >= 0.001 ? `${(p * 100).toFixed(1)}%`
+    : p > 0 ? "<0.1%" : "0%"; // prettier-ignore
 
 function describe_seen() {
   const actual = actual_id();
@@ -501,7 +511,7 @@ function paint(canvas, width, height, color) {
   context.putImageData(image, 0, 0);
 }
 
-const STRIP = " Strips: a column for each number, orange above 0, blue below.";
+const STRIP = " In the strips, each column is one number: orange is positive, blue negative.";
 
 function explain_characters() {
   return (
@@ -513,13 +523,12 @@ function explain_characters() {
 function show_characters() {
   const { first, weights } = inside;
   const from = Math.max(0, weights.length - 20);
-  const row = (name, cells) => make("tr", "", make("th", "", name), ...cells.map((cell) => make("td", "", cell)));
   const shown = Array.from({ length: weights.length - from }, (_, i) => first + from + i);
-  const table = make("table", "", make("tbody", "", ...shown.map((position) =>
-    row(String(position + 1), [visible(text.characters[position])[0], String(VOCABULARY.ids.get(text.characters[position]))])))); // prettier-ignore
-  table.prepend(make("thead", "", row("character", ["", "id"])));
-  const scroll = make("div", "scroll", table);
-  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "The last characters and their ids" });
+  const rows = shown.map((position) => {
+    const character = text.characters[position];
+    return [position + 1, visible(character)[0], VOCABULARY.ids.get(character)];
+  });
+  const scroll = table("The last characters and their ids", ["position", "character", "id"], rows);
   $("vectors").append(scroll);
   scroll.scrollTop = scroll.scrollHeight;
 }
@@ -528,8 +537,9 @@ function explain_embeddings() {
   const { position, ngrams, norm } = DATA.config;
   return (
     `Each id selects a row of ${grouped(C)} numbers from a table.` +
-    (position === "learned" ? " Each position adds a row of a second table." : " Positions act later: attention rotates queries and keys by them.") +
-    (ngrams ? " The last characters together (n-grams) select rows of further tables by a hash." : "") +
+    (position === "learned" ? " Each position adds a row of a second table."
+      : " Positions are not added: attention rotates queries and keys by an angle proportional to them.") +
+    (ngrams ? " The last characters together (n-grams) select rows of further tables, by a hash of their ids." : "") +
     (norm === "plain" ? " The sum is normalized to mean 0 and variance 1." : " The sum enters the residual stream.") +
     STRIP
   ); // prettier-ignore
@@ -563,14 +573,14 @@ function show_lens(index, title = "Residual stream") {
   const shown = with_actual(descending(trace.lens[index]).slice(0, 5));
   const most = probabilities[shown[0]];
   list.append(...shown.map((id) => bar(id, probabilities[id], null, most)));
-  $("vectors").append(make("p", "quiet", "The guess by the logit lens:"), list);
+  $("vectors").append(make("p", "quiet", "Prediction of the logit lens:"), list);
 }
 
 function explain_feed_forward() {
   const name = { relu: "ReLU", gelu: "GELU", relu2: "ReLU squared" }[DATA.config.activation];
   return (
-    `Each position by itself: a norm, then ${grouped(C)} numbers become ${grouped(4 * C)} hidden units with the ` +
-    `activation ${name}, and these ${grouped(C)} again, which are added to the residual stream.` + STRIP
+    `Applied to each position separately: a norm, a linear layer from ${grouped(C)} to ${grouped(4 * C)} hidden ` +
+    `units, ${name}, and a linear layer back to ${grouped(C)}. Its output is added to the residual stream.` + STRIP
   ); // prettier-ignore
 }
 
@@ -585,21 +595,30 @@ function show_hidden(layer) {
 function explain_logits() {
   return (
     `The residual stream is normalized, and the head, a matrix of ${grouped(V)} rows, gives each character of the ` +
-    "vocabulary a number, its logit. Softmax makes probabilities of them: e to the logit, divided by the sum of all."
+    "vocabulary a number, its logit. Softmax turns logits into probabilities: e^logit divided by the sum of e^logit."
   );
 }
 
 function show_logits() {
   const { logits } = inside;
   const probabilities = softmax(logits);
-  const row = (tag, ...cells) => make("tr", "", ...cells.map((cell) => make(tag, "", cell)));
-  const rows = descending(logits).slice(0, 100).map((id) =>
-    row("td", visible(VOCABULARY.characters[id])[0], logits[id].toFixed(3), number(Math.exp(logits[id])), probabilities[id].toFixed(4))); // prettier-ignore
-  const head = make("thead", "", row("th", "character", "logit", "e^logit", "probability"));
-  const scroll = make("div", "scroll", make("table", "", head, make("tbody", "", ...rows)));
-  Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: "Logits, most likely first" });
+  const rows = descending(logits).slice(0, 100).map((id) => {
+    const name = visible(VOCABULARY.characters[id])[0];
+    return [name, logits[id].toFixed(3), number(Math.exp(logits[id])), probabilities[id].toFixed(4)];
+  }); // prettier-ignore
+  const scroll = table("Logits, most likely first", ["character", "logit", "e^logit", "probability"], rows);
   const total = logits.reduce((sum, logit) => sum + Math.exp(logit), 0);
   $("vectors").append(scroll, make("p", "quiet", `Sum of e^logit over all characters: ${number(total)}`));
+}
+
+// A table in a box that scrolls, also with the keyboard.
+function table(name, heads, rows) {
+  const row = (tag, cells) => make("tr", "", ...cells.map((cell) => make(tag, "", String(cell))));
+  const body = make("tbody", "", ...rows.map((cells) => row("td", cells)));
+  const scroll = make("div", "scroll", make("table", "", make("thead", "", row("th", heads)), body));
+  for (const [key, value] of Object.entries({ tabindex: 0, role: "region", "aria-label": name }))
+    scroll.setAttribute(key, value);
+  return scroll;
 }
 
 // A number with four significant digits or more, whatever its size.
@@ -679,43 +698,49 @@ function undo() {
   $("text").focus({ preventScroll: true });
 }
 
-// The random number of the position, 0 to 1, on a bar of all probabilities side by side: it picks the
-// character in whose interval it is.
+// The random number of this position, 0 to 1, on a bar of all probabilities side by side, in the order
+// of ids: it picks the character in whose interval it is.
 function show_drawn(drawn) {
-  const { seen } = inside;
-  const { type, prompt, changed, settings: used } = text.request;
   const chosen = settings();
-  $("cumulative").hidden = chosen.temperature === 0;
-  $("cumulative").replaceChildren();
-  let [seed_used, from] = [used?.seed ?? null, 0];
-  try {
-    seed_used ??= seed();
-  } catch {} // no valid seed to show a number for
-  if (chosen.temperature === 0 || seed_used === null) {
-    $("drawn").textContent = chosen.temperature === 0 ? "Temperature 0 takes the most likely character; no number is drawn." : "";
+  const point = chosen.temperature > 0 ? random_number() : null;
+  $("cumulative").hidden = point === null;
+  if (point === null) {
+    const greedy = "At temperature 0 the most likely character is taken; no random number is used.";
+    $("drawn").textContent = chosen.temperature === 0 ? greedy : "";
     return;
   }
-  const point = uniform(seed_used, 0, seen);
   const picked = sample(inside.logits, chosen, point);
   const total = drawn.reduce((a, b) => a + b, 0);
-  let interval = null;
-  drawn.forEach((probability, id) => {
-    const share = probability / total;
-    if (id === picked) interval = [from, from + share];
-    if (share > 0.002) {
-      const segment = make("i", id === picked ? "picked" : "", share > 0.05 ? visible(VOCABULARY.characters[id])[0] : "");
-      $("cumulative").append(style(segment, { from: from.toFixed(5), share: share.toFixed(5) }));
-    }
-    from += share;
+  const ends = [];
+  drawn.forEach((probability, id) => (ends[id] = (ends[id - 1] ?? 0) + probability / total));
+  const segments = [...ends.keys()].map((id) => {
+    const share = drawn[id] / total;
+    const name = share > 0.05 ? short(VOCABULARY.characters[id]) : "";
+    return style(make("i", id === picked ? "picked" : "", name), { from: ends[id] - share, share });
   });
-  $("cumulative").append(style(make("b"), { from: point.toFixed(5) }));
-  const given = type === "score" || seen < prompt.length;
-  const where = `${quoted_id(picked)} (${interval.map((x) => x.toFixed(4)).join(" to ")})`;
-  $("drawn").textContent =
-    seen === changed ? `You put this character here. The number ${point.toFixed(4)} picks ${where}.`
-    : given ? `This character was given, not drawn. The number ${point.toFixed(4)} of seed ${seed_used} would pick ${where}.`
-    : actual_id() === null || picked === actual_id() ? `The number drawn is ${point.toFixed(4)}, in the interval of ${where}.`
-    : `The number drawn is ${point.toFixed(4)}; with the settings as they are now it picks ${where}.`; // prettier-ignore
+  const wide = segments.filter((_, id) => drawn[id] / total > 0.002);
+  $("cumulative").replaceChildren(...wide, style(make("b"), { from: point }));
+  const interval = `${quoted_id(picked)} (${(ends[picked - 1] ?? 0).toFixed(4)} to ${ends[picked].toFixed(4)})`;
+  $("drawn").textContent = describe_drawn(point.toFixed(4), picked, interval);
+}
+
+function random_number() {
+  try {
+    return uniform(text.request.settings?.seed ?? seed(), 0, inside.seen);
+  } catch {
+    return null; // the seed typed for a scored text is not a number
+  }
+}
+
+function describe_drawn(point, picked, interval) {
+  const { type, start, changed } = text.request;
+  const { seen } = inside;
+  if (seen === changed) return `You put this character here. The random number ${point} would have picked ${interval}.`;
+  if (type === "score" || seen < start)
+    return `This character was not sampled. The random number would have been ${point}, which picks ${interval}.`;
+  if (actual_id() === null || picked === actual_id())
+    return `The random number is ${point}, which is in the interval of ${interval}.`;
+  return `The random number is ${point}; with the current settings it would pick ${interval}.`;
 }
 
 // ---- attention ----
@@ -736,9 +761,9 @@ function show_attention() {
 
 function explain_attention() {
   return (
-    "Each head compares the query of a position with the keys of itself and the positions before it. Softmax of the " +
-    "scores gives the weights with which it averages their values." +
-    (DATA.config.position === "rotary" ? " Queries and keys are rotated by their position." : "")
+    "Each head compares the query of a position with the keys of that position and all earlier ones. Softmax turns " +
+    "the scores into weights, and the head outputs the weighted average of the values." +
+    (DATA.config.position === "rotary" ? " Queries and keys are rotated by an angle proportional to their position." : "")
   );
 }
 
@@ -759,7 +784,8 @@ function show_attention_numbers(layer) {
 function show_maps({ from, n, weights }) {
   const row = inside.seen - 1 - from;
   inside.until = from + n - 1;
-  style($("maps"), { columns: H === 1 ? 1 : H > 4 ? 3 : 2 });
+  const small = $("head").value === "mean" ? (H === 4 ? 2 : H) : H - 1; // maps beside each other
+  style($("maps"), { columns: Math.max(1, Math.min(3, small)) });
   const maps = Array.from({ length: H }, (_, head) => {
     const button = make("button", "", `Head ${head + 1}`);
     button.type = "button";
@@ -770,9 +796,11 @@ function show_maps({ from, n, weights }) {
     canvas.ariaLabel = `Attention weights of head ${head + 1} among characters ${from + 1} to ${from + n}`;
     const box = style(make("div", "", canvas, style(make("i"), { row: row / n })), { size: 1 / n });
     box.head = head;
-    return make("div", "map", button, box);
+    return make("div", $("head").value === String(head) ? "map chosen" : "map", button, box);
   });
+  const focused = [...$("maps").children].findIndex((map) => map.contains(document.activeElement));
   $("maps").replaceChildren(...maps);
+  if (focused >= 0) maps[focused].querySelector("button").focus(); // not lost with the replaced button
   const color = channels_of(maps[0].querySelector("canvas"));
   maps.forEach((map, head) =>
     paint(map.querySelector("canvas"), n, n, (i) => [...color, 255 * Math.sqrt(weights[head * n * n + i])]),
@@ -826,17 +854,16 @@ function show_product() {
   Object.assign($("key"), { min: first + 1, max: seen, value: inside.key + 1 });
   const dot = (k) => query.reduce((sum, q, d) => sum + q * k[d], 0);
   const D = query.length;
-  const cells = (...texts) => make("tr", "", ...texts.map((cell) => make("td", "", cell)));
-  $("products").tBodies[0].replaceChildren(
-    ...Array.from(query, (q, d) => cells(String(d + 1), q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4))),
-  );
+  const rows = Array.from(query, (q, d) => [d + 1, q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4)]);
+  const heads = ["channel", "query", "key", "product"];
+  $("products").replaceChildren(table("The products, channel by channel", heads, rows));
   const score = dot(key) / Math.sqrt(D);
   const total = keys.reduce((sum, k) => sum + Math.exp(dot(k) / Math.sqrt(D)), 0);
   $("weight").textContent =
     `The query of ${quoted(text.characters[seen - 1])} (${seen}) and the key of ${quoted(text.characters[inside.key])} ` +
-    `(${inside.key + 1}): the products add up to ${number(dot(key))}. Divided by √${D}, the score is ${number(score)}. ` +
-    `e^score is ${number(Math.exp(score))}; divided by the sum over all ${grouped(keys.length)} characters of the ` +
-    `context, ${number(total)}, the weight is ${(Math.exp(score) / total).toFixed(4)}.`;
+    `(${inside.key + 1}): their dot product, the sum of the products, is ${number(dot(key))}. Divided by √${D}, it gives the ` +
+    `score ${number(score)}. e^score is ${number(Math.exp(score))}; divided by the sum of e^score over all ` +
+    `${grouped(keys.length)} characters of the context, ${number(total)}, it gives the weight ${(Math.exp(score) / total).toFixed(4)}.`;
   for (const mark of $("maps").querySelectorAll("i.key")) mark.remove();
   const { from, n } = trace_maps();
   const box = $("maps").children[Number($("head").value)]?.querySelector("div");
@@ -860,7 +887,7 @@ function show_shade() {
   $("legend").replaceChildren(
     ...{
       surprise: ["0", scale, `${MOST_BITS} bits or more. Italic: your prompt.`],
-      attention: ["none", scale, "most attention"],
+      attention: ["none", scale, "most attention of the selected character"],
       nothing: [],
     }[shade],
   );
@@ -954,7 +981,7 @@ function start() {
   const on = (id, event, handler) => $(id).addEventListener(event, handler);
   const write_in_view = () => (write(), $("text").scrollIntoView({ block: "nearest" }));
   on("form", "submit", (event) => (event.preventDefault(), $("write").disabled || write_in_view()));
-  on("form", "input", () => (show_settings(), save_form()));
+  on("form", "input", () => (show_settings(), save_soon()));
   on("prompt", "keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("write").disabled) write_in_view();
   });
@@ -969,7 +996,6 @@ function start() {
     if (number === null) return;
     $("seed").value = String(number + 1n);
     show_settings();
-    save_form();
     write();
   });
   on("copy", "click", copy);
@@ -988,6 +1014,7 @@ function start() {
   for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"])
     matchMedia(query).addEventListener("change", show_inside); // canvases are painted with the colors in use
   for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", show_shade);
+  document.querySelector("input[value=attention]").addEventListener("change", () => open_stage(`attention ${$("layer").value}`));
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
   ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -41,10 +42,11 @@ class StepProgressBar(TQDMProgressBar):
         return step_of(self.trainer)
 
     def init_train_tqdm(self) -> Any:
-        self.drawn_at = -REDRAW_S
+        self.drawn_at: float | None = None
         bar = super().init_train_tqdm()
         bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
-        bar.total, bar.leave = None, False
+        bar.leave = False
+        bar.reset(total=1.0)  # the whole run, in steps or in time, whichever limits it
         return bar
 
     def on_train_epoch_start(self, *args: Any) -> None:
@@ -52,12 +54,16 @@ class StepProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         bar, now = self.train_progress_bar, time.perf_counter()
-        if bar.total is None:  # progress in steps or in time, whichever limits the run
-            bar.total, bar.initial = 1.0, module.progress  # above 0 when a run is resumed
-        if now - self.drawn_at > REDRAW_S:
+        if self.drawn_at is None:
+            bar.initial = module.progress  # above 0 when a run is resumed
+        if self.drawn_at is None or now - self.drawn_at > REDRAW_S:
             bar.n, self.drawn_at = module.progress, now
             bar.set_description_str(self.train_description, refresh=False)
             bar.set_postfix(self.get_metrics(trainer))
+
+    def on_exception(self, *args: Any) -> None:
+        with suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.close()  # or an error message would start on its line
 
     def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
         return dict(trainer.progress_bar_metrics)  # without the version of the run
@@ -76,13 +82,11 @@ class RunReport(Callback):
         corpus, files = data.corpus, len(data.corpus.source.files)
         network = getattr(module, "gpt", module)  # without the second head
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        on_cpu, bf16, hint = device.type == "cpu", "bf16" in str(trainer.precision), ""
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        multiplies_bf16 = capabilities.get("amx_bf16")
-        if on_cpu and bf16 and not multiplies_bf16:
-            warnings.warn("bf16 is slower than float32 on CPUs without AMX", stacklevel=1)
-        elif on_cpu and not bf16 and multiplies_bf16:
-            hint = " (--trainer.precision bf16-mixed may be faster on this CPU)"
+        on_cpu, bf16 = device.type == "cpu", "bf16" in str(trainer.precision)
+        amx = on_cpu and torch.cpu.get_capabilities().get("amx_bf16", False)
+        hint = " (--trainer.precision bf16-mixed may be faster)" if amx and not bf16 else ""
+        if on_cpu and bf16 and not amx:
+            warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
         devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
         factors = f" ({data.hparams['batch_size']} x {devices} devices x {accumulate} accumulated)"
@@ -111,7 +115,7 @@ class RunReport(Callback):
             write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             for logger in trainer.loggers if every > 1 else ():
-                logger.log_metrics({"train_loss": loss}, 0)  # Lightning's first is a later one
+                logger.log_metrics({"train_loss": loss}, 0)  # Lightning logs no step before that
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from chargpt.cli.main import main as chargpt
-from chargpt.training import callbacks
+from chargpt.training import display
 from chargpt.vocabulary import Vocabulary
 
 CONFIG = """\
@@ -155,7 +155,7 @@ def bad_flag(random: random.Random) -> list[str]:
     command = random.choice(list(COMMANDS))
     flag = random.choice(list(FLAGS[command])).lstrip("-")
     i = random.randrange(1, len(flag))
-    misspelt = random.choice(
+    misspelled = random.choice(
         [
             flag[:i] + flag[i + 1 :] + "q",
             flag + strange(random),
@@ -165,7 +165,7 @@ def bad_flag(random: random.Random) -> list[str]:
         ]
     )
     form = random.choice(
-        [[f"--{misspelt}=1"], [f"--{misspelt}", "1"], [f"--{misspelt}"], [misspelt]]
+        [[f"--{misspelled}=1"], [f"--{misspelled}", "1"], [f"--{misspelled}"], [misspelled]]
     )
     return [*base_command(random, command), *form]
 
@@ -211,7 +211,7 @@ def bad_config(random: random.Random) -> list[str]:
             lambda: f"- {strange(random)}\n".encode("utf-8", "surrogatepass"),
             lambda: f"model: {{{strange(random)}: 1}}\n".encode("utf-8", "surrogatepass"),
             lambda: b"a: &a [" + b",".join([b"*a"] * random.randint(1, 9)) + b"]\n",
-            lambda: b"model: " + b"[" * random.choice([10, 300, 3000]),
+            lambda: b"model: " + b"[" * random.choice([10, 100]),
             lambda: b"x" * random.choice([10, 10_000_000]),
             lambda: (
                 b"trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}]}\n"
@@ -449,7 +449,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    callbacks.SAMPLE_CHARS = 20
+    display.SAMPLE_CHARS = 20
     sys.argv = sys.argv[:1]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CHARGPT_DATA_DIR"] = os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))

@@ -4,11 +4,11 @@
     python tests/benchmarks/generate.py --chars 300 --every 60 --no-cold-start
 
 Recomputing processes the whole window for each character, as the textbook's generate does. It is
-timed at every N-th of the same characters, between those generated with the cache, so that both meet
-the same load of the machine. The lower bound is the time that reading the blocks' weights takes:
-products of each of them with one row, layer after layer, as one character needs them. It is measured
-twice: with one network, whose weights stay in the CPU's cache where that is large enough, and with
-several in turns, whose weights together are too large for it and come from main memory.
+timed at every N-th of the same characters, between those generated with the cache, so that both run
+under the same load. The lower bound is the time to read the blocks' weights: matrix-vector products
+with each of them, layer by layer, as one character requires. It is measured twice: with one network,
+whose weights fit in the CPU's cache if that is large enough, and alternating between several networks,
+whose weights together exceed the cache and are read from main memory.
 """
 
 import argparse
@@ -58,7 +58,12 @@ def main() -> None:
     parser.add_argument("--chars", type=int, default=1000, help="characters to generate")
     parser.add_argument("--every", type=int, default=50, help="recompute every N-th of them")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 16], help="texts in a batch")
-    parser.add_argument("--networks", type=int, default=8, help="in turns, too large for the cache")
+    parser.add_argument(
+        "--networks",
+        type=int,
+        default=8,
+        help="to alternate between, together larger than the cache",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cold-start", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
@@ -124,7 +129,7 @@ def against_lower_bound(gpts: list[GPT], chars: int) -> None:
     ]
     rows = {weight.size(1): torch.randn(1, weight.size(1)) for weight in weights[0]}
     megabytes = sum(weight.numel() * weight.element_size() for weight in weights[0]) / 1e6
-    # Ten characters or more, then as many passes of products, so that neither evicts the other's cache.
+    # At least ten characters, then as many passes of products, so that neither evicts the other's cache.
     passes = -(-10 // len(gpts))
     texts = [write(gpt, 1, chars + passes) for gpt in gpts]
     for text in texts:
@@ -136,7 +141,7 @@ def against_lower_bound(gpts: list[GPT], chars: int) -> None:
             seconds(lambda: [F.linear(rows[w.size(1)], w) for w in ws]) for ws in weights * passes
         ]
     print(
-        f"against the lower bound, {len(gpts)} in turns, {len(gpts) * megabytes:.0f} MB of weights:"
+        f"against the lower bound, {len(gpts)} alternating, {len(gpts) * megabytes:.0f} MB of weights:"
     )
     for name, figure in (("median", statistics.median), ("best", min)):
         character, bound = figure(generated), figure(products)

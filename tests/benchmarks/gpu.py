@@ -6,8 +6,8 @@
     python tests/benchmarks/gpu.py --only-list
 
 `input.txt` is tiny Shakespeare; no network and no installation of chargpt is needed. A part stops at
-its time limit and saves its run. Repeat the command to continue: finished rows are skipped, stopped
-runs are resumed, failed ones are tried again.
+its time limit and saves its run. Repeat the command, with the same output folder, to continue:
+finished rows are skipped, stopped runs are resumed, failed ones are tried again.
 
 `table.md` and `results.jsonl` in the output folder are updated after each row; of several lines with
 the same row, the last one counts. `profile.txt` is the profile of part c, and `runs` has the log and
@@ -270,9 +270,9 @@ def run_process(args: tuple[str, ...], folder: Path, timeout_s: float) -> int | 
 
 
 def last_message(log: str) -> str:
-    """The last error message of a log, in one line."""
-    start = max(log.rfind("error: "), log.rstrip().rfind("\n") + 1)
-    return " ".join(log[start:].split())
+    """The error message at the end of a log, in one line."""
+    lines = log.strip().splitlines()[-2:]
+    return " ".join(lines if lines and lines[0].startswith("error: ") else lines[-1:])
 
 
 def cell(value: Any) -> str:

@@ -6,7 +6,7 @@
 
 cosmic-ray's operators change a number by one, replace an operator or a comparison, negate a condition,
 replace `break` with `continue`, or remove a decorator or a loop. For each file, `--each` of all
-possible places are sampled and changed in a copy of the project, and the tests listed below run until
+possible changes are sampled and made in a copy of the project, and the tests listed below run until
 one fails. Surviving mutants are printed, to be judged by a person: a gap in the tests, or a change
 that makes no difference.
 
@@ -43,16 +43,17 @@ TESTS = {  # files and the tests that should catch changes to them, fastest firs
     "chargpt/data/module.py": "test_data test_resume",
     "chargpt/data/token_file.py": "test_token_file test_data",
     "chargpt/training/optimizers.py": "test_optimizers test_module",
-    "chargpt/training/checkpointing.py": "test_run_folder test_resume",
-    "chargpt/training/resume.py": "test_resume test_run_folder test_distributed",
-    "chargpt/checkpoints.py": "test_checkpoints test_text_generator test_run_folder",
+    "chargpt/training/module.py": "test_module test_lightning test_resume",
+    "chargpt/training/checkpointing.py": "test_checkpointing test_resume test_distributed",
+    "chargpt/checkpoints.py": "test_checkpoints test_text_generator test_fine_tuning",
+    "chargpt/checkpoint_file.py": "test_checkpoint_file test_checkpoints test_hostile",
     "chargpt/atomic_file.py": "test_atomic_file test_token_file",
 }
 
 
 def mutations(code: str) -> dict[tuple, list[tuple[str, int]]]:
     """The possible mutations, as (operator, occurrence), by position in the code and kind."""
-    places: dict[tuple, list[tuple[str, int]]] = {}
+    sites: dict[tuple, list[tuple[str, int]]] = {}
     nodes = list(ast_nodes(get_ast(code)))
     for name in cosmic_ray.plugins.operator_names():
         operator = cosmic_ray.plugins.get_operator(name)
@@ -61,9 +62,9 @@ def mutations(code: str) -> dict[tuple, list[tuple[str, int]]]:
         occurrence = 0
         for node in nodes:
             for start, _ in operator().mutation_positions(node):
-                places.setdefault((start, name.split("_")[0]), []).append((name, occurrence))
+                sites.setdefault((start, name.split("_")[0]), []).append((name, occurrence))
                 occurrence += 1
-    return places
+    return sites
 
 
 def passes(copy: Path, tests: list[str], timeout_s: float) -> bool:
@@ -117,11 +118,10 @@ def main() -> None:
                 raise SystemExit(f"{' '.join(tests)} fail without a mutation")
             timeout_s = 30 + 3 * (time.monotonic() - begin)
             code = (copy / file).read_text()
-            places = sorted(mutations(code).items())
+            sites = sorted(mutations(code).items())
             rng = random.Random(f"{args.seed} {file}")
             sampled = [
-                rng.choice(choices)
-                for _, choices in rng.sample(places, min(args.each, len(places)))
+                rng.choice(choices) for _, choices in rng.sample(sites, min(args.each, len(sites)))
             ]
             killed = 0
             for name, occurrence in sampled:
@@ -133,7 +133,7 @@ def main() -> None:
                 if survives:
                     show(file, name, code, mutated)
             (copy / file).write_text(code)
-            print(f"{file}: {killed} of {len(sampled)} caught ({len(places)} places)")
+            print(f"{file}: {killed} of {len(sampled)} caught ({len(sites)} sites)")
             total_killed += killed
             total_sampled += len(sampled)
     print(f"{total_killed} of {total_sampled} caught: {total_killed / total_sampled:.1%}")

@@ -9,6 +9,7 @@ split, and text generated after 0, 100, 500, 1000 and all steps. Needs matplotli
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -64,14 +65,15 @@ def train(model: BigramLangModel, text: Text, steps: int) -> tuple[Curve, Sample
         curve.append((step, loss))
         if step in SAMPLE_STEPS or step == steps:
             samples.append((step, loss, generate(model, text)))
+        print(f"step {step}: {loss:.3f}", file=sys.stderr)
         model.train()
-        return {"train": float("nan"), "val": loss}
+        return {"train": loss, "val": loss}
 
     textbook.estimate_loss = record  # called by `textbook.train`
     changes = dict(epochs=steps, eval_interval=every)
-    textbook.train(
-        model, {"train": text.train, "val": text.val}, **textbook.SMALL_TRAINING | changes
-    )
+    data = {"train": text.train, "val": text.val}
+    with contextlib.redirect_stdout(None):  # its estimates are those of `record`
+        textbook.train(model, data, **textbook.SMALL_TRAINING | changes)
     return curve, samples
 
 

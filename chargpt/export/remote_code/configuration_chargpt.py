@@ -1,4 +1,4 @@
-"""The configuration of an exported chargpt network, as transformers expect it."""
+"""The configuration of a chargpt network for Transformers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class ChargptConfig(PretrainedConfig):
-    """`network` has the fields of `GPTConfig` in config.py; the rest is for transformers."""
+    """`network` has the fields of `GPTConfig` in config.py; the rest is for Transformers."""
 
     model_type = "chargpt"
 
@@ -17,7 +17,7 @@ class ChargptConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         super().__init__(**kwargs)
 
-    # The names that transformers use for a network's sizes.
+    # The standard names of a network's sizes.
 
     @property
     def hidden_size(self) -> int:

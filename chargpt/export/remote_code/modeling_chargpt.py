@@ -1,6 +1,6 @@
-"""A chargpt network as a transformers model: AutoModelForCausalLM with trust_remote_code=True.
+"""A chargpt network for Transformers: AutoModelForCausalLM with trust_remote_code=True.
 
-The network itself is in gpt.py and the files that it imports: the code that trained it, unchanged.
+The network itself is in gpt.py and the files that it imports, the same code that trained it.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from .configuration_chargpt import ChargptConfig
 from .errors import UserError
 from .gpt import GPT
 from .kv_cache import CacheStep
-from .ngrams import NgramEmbedding  # noqa: F401  (transformers 5.0 copy only what is imported here)
+from .ngrams import NgramEmbedding  # noqa: F401  (Transformers 5.0 copies only what is imported here)
 from .rotary import rotary_angles
 
 
@@ -55,7 +55,8 @@ class ChargptForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: the new characters, (B, T).
             attention_mask: (B, S), 0 for padding, which may be on either side; S is T, plus the
                 length of the cache.
-            past_key_values: the cache of earlier characters; newer transformers call it `cache`.
+            past_key_values: the cache of earlier characters; newer versions of Transformers call it
+                `cache`.
             use_cache: whether to return a cache.
             labels: (B, T), the ids at the same positions; -100 is ignored.
             logits_to_keep: the number of last positions to compute logits for; 0 is all.
@@ -88,10 +89,10 @@ def network_settings(config: ChargptConfig) -> GPTConfig:
 
 
 class PaddedCache:
-    """A cache of transformers, with padding, in the form that `GPT` uses (`KVCache`).
+    """Adapts a cache of Transformers, and a padding mask, to the interface of `KVCache`.
 
     The ids themselves, which n-grams need, are stored as one more layer of the cache, so that they
-    are reordered and cut like keys and values.
+    are reordered and cropped like keys and values.
     """
 
     def __init__(self, gpt: GPT, cache: Cache, attention_mask: Tensor | None) -> None:
@@ -109,10 +110,10 @@ class PaddedCache:
                 f"the text has {S} characters, but the network sees at most {config.block_size}"
             )
         visible = ids.new_ones(B, S) if self.attention_mask is None else self.attention_mask
-        positions = (visible.cumsum(1) - 1).clamp(min=0)[:, start:]  # padding doesn't count
+        positions = (visible.cumsum(1) - 1).clamp(min=0)[:, start:]  # padding has no positions
         slots = torch.arange(S, device=ids.device)
         new = slots[start:, None]
-        # Padding sees itself: a softmax over no positions would be NaN.
+        # Padding attends to itself: a softmax over no slots would be NaN.
         mask = (slots < new) & visible.bool()[:, None, None, :] | (slots == new)  # (B, 1, T, S)
         angles = None
         if config.position != "learned":
@@ -132,7 +133,7 @@ class PaddedCache:
 
 
 class Layer(NamedTuple):
-    """One layer of the cache, in the form that attention uses (`LayerCache`)."""
+    """Adapts one layer of the cache to the interface of `LayerCache`."""
 
     cache: Cache
     layer: int
