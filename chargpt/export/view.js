@@ -434,16 +434,32 @@ function fill_diagram() {
     entry.cells = ["name", "shape", "guess", "bits"].map((name) => make("span", name));
     entry.cells[0].textContent = entry.name;
     const button = make("button", "", ...entry.cells.slice(0, entry.branch ? 2 : 4));
-    button.type = "button";
+    Object.assign(button, { type: "button", role: "tab" });
+    button.setAttribute("aria-controls", "details");
     button.addEventListener("click", () => (open_stage(entry.id), $("stage").scrollIntoView({ block: "nearest" })));
     entry.button = button;
-    $("diagram").append(make("li", entry.branch ? "branch" : "", button));
+    const item = make("li", entry.branch ? "branch" : "", button);
+    item.role = "presentation";
+    $("diagram").append(item);
   }
+}
+
+// Up and down open the adjacent stage; Tab leaves the diagram.
+function move_in_diagram(event) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const next = STAGES[STAGES.indexOf(stage()) + step];
+  if (!next) return;
+  event.preventDefault();
+  open_stage(next.id);
+  next.button.focus();
 }
 
 function open_stage(id) {
   inside.stage = id;
-  for (const entry of STAGES) entry.button.setAttribute("aria-current", entry.id === id);
+  for (const { button, ...entry } of STAGES) {
+    button.setAttribute("aria-selected", entry.id === id);
+    button.tabIndex = entry.id === id ? 0 : -1;
+  }
   const { layer } = stage();
   if (layer === undefined) return show_details();
   $("layer").value = layer;
@@ -1003,6 +1019,7 @@ function start() {
   on("text", "keydown", on_key);
   on("position", "change", () => $("position").value && select($("position").valueAsNumber - 1));
   on("undo", "click", undo);
+  on("diagram", "keydown", move_in_diagram);
   on("layer", "change", () => open_stage(`attention ${$("layer").value}`));
   on("head", "change", () => choose_head($("head").value));
   on("key", "change", () => {
