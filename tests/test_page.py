@@ -740,7 +740,7 @@ def test_every_stage_opens_its_numbers(chrome, tmp_path):
     vectors = chrome.js("[...document.querySelectorAll('figure')].map((e) => e.textContent)")
     assert [v.split(":")[0] for v in vectors] == [
         f"Character “{text[8]}”, row {CHARACTERS.index(text[8])}",
-        "Position 8",
+        "Position in the context, row 8",
         *(v.split(":")[0] for v in vectors[2:4] if v.startswith("Last")),
         "Sum",
     ]
