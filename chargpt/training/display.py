@@ -126,7 +126,8 @@ class RunReport(Callback):
         bits = new.loss / math.log(2)
         best = "*" if self.run and new.is_better_than(self.run.best) else " "
         line = f"{step_of(trainer)}  val_loss {new.loss:.3f}{best} ({bits:.2f} bits)"
-        if "train_loss" in metrics:  # of one batch
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if "train_loss" in metrics and trainer.global_step >= every:  # not that of the first step
             line += f"  train {metrics['train_loss']:.2f}"
         if "chars_per_second" in metrics:
             line += f"  {tqdm.format_sizeof(metrics['chars_per_second'].item())} chars/s"
