@@ -199,7 +199,7 @@ def checkpoint_of(
 
 
 def save(gpt: GPT, vocabulary: Vocabulary, path: str | Path) -> None:
-    """Save a network and its vocabulary as a checkpoint that `load` and `validate` read."""
+    """Save a network and its vocabulary as a checkpoint that `load` and all commands read."""
     write_checkpoint(checkpoint_of(gpt.state_dict(), gpt.config, vocabulary), Path(path))
 
 

@@ -91,7 +91,7 @@ class Vocabulary:
         unknown = [character for character in dict.fromkeys(text) if character not in known]
         named = []
         for c in unknown[:MAX_NAMED]:
-            # In the other case, a plain quote or hyphen, without the accent.
+            # Candidates: the other letter case, a plain quote or hyphen, the letter without accent.
             bare = unicodedata.normalize("NFKD", c)[0]
             similar = dict.fromkeys([c.swapcase(), *STAND_INS.get(c, ""), bare, bare.swapcase()])
             nearest = " or ".join(repr(s) for s in similar if s in known)

@@ -4,6 +4,6 @@ main.py     dispatches commands, turns user errors into short messages
 parsing.py  what all commands share of parsing
 train.py    fit, validate and test: LightningCLI
 predict.py  predict: prompts in, texts out, without Lightning
-export.py   export: a self-contained HTML page that generates text, or a folder for Hugging Face
+export.py   export: a self-contained HTML page, a folder for Hugging Face, or an ONNX file
 import_nanogpt.py  import: a checkpoint of nanoGPT becomes a run
 """

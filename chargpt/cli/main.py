@@ -16,7 +16,7 @@ COMMANDS = {  # each is a function `run(command, args)` in the module that is na
     "validate": ("train", "Print the loss of a checkpoint on the validation split of the text."),
     "test": ("train", "Print the loss of a checkpoint on the test split of the text."),
     "predict": ("predict", "Generate text with a checkpoint, to standard output."),
-    "export": ("export", "Export a checkpoint as a web page or a Hugging Face model."),
+    "export": ("export", "Export a checkpoint as a web page, a Hugging Face model, or ONNX."),
     "import": ("import_nanogpt", "Import a checkpoint of nanoGPT as a run."),
 }
 SYNONYMS = {"train": "fit", "generate": "predict"}

@@ -39,12 +39,12 @@ def find_config(name: str) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        shipped = ", ".join(shipped_configs())
-        fail(f"cannot read the file --config {name}: {reason}\nshipped are {shipped}", status=2)
+        shipped = f"shipped configurations: {', '.join(shipped_configs())}"
+        fail(f"cannot read --config {name}: {reason}\n{shipped}", status=2)
     with suppress(yaml.YAMLError, AttributeError, KeyError):  # jsonargparse says what is wrong
         for group in ("trainer", "model", "data", "generate"):  # but it would drop a value
             if not isinstance(value := yaml.safe_load(text).get(group, {}), dict):
-                fail(f"{path}: {group} is {value}; it must have settings", status=2)
+                fail(f"{path}: {group} is {value}; it must be a mapping of settings", status=2)
     return str(path)
 
 

@@ -47,9 +47,10 @@ LINKS = {  # given once, for all that need it
     "data.seed": "seed_everything",
     "model.seed": "seed_everything",
 }
-# The settings of the data that a checkpoint restores; folders and workers are the user's.
+# What a checkpoint records of its texts.
 TEXT_RECORD = {"corpus_bytes", "corpus_digest", "train_characters"}
 VAL_RECORD = TEXT_RECORD | {"val_corpus_bytes", "val_corpus_digest"}
+# The settings of the data that a checkpoint restores; folders and workers are the user's.
 DATA_SETTINGS = ("corpus", "block_size", "batch_size", "val_fraction", "test_fraction", "order")
 
 
@@ -110,7 +111,7 @@ def plain_message(error: BaseException | None) -> str | None:
 class TrainingCLI(LightningCLI):
     """LightningCLI for one command.
 
-    Flags override configuration files, those override the checkpoint, and that the defaults.
+    Flags override configuration files, which override the checkpoint, which overrides the defaults.
 
     Args:
         command: fit, validate or test.
@@ -337,7 +338,8 @@ class TrainingCLI(LightningCLI):
         """Tell the data which text, and which part of it, the checkpoint was trained on."""
         saved = self.checkpoint["datamodule_hyper_parameters"]
         if saved.keys() >= TEXT_RECORD:
-            size, digest, train_characters = (saved[name] for name in sorted(TEXT_RECORD))
+            size, digest = saved["corpus_bytes"], saved["corpus_digest"]
+            train_characters = saved["train_characters"]
             required = self.command == "fit" or not self.is_given("data.corpus")
             self.datamodule.trained_text = TrainedText(size, digest, train_characters, required)
             if saved.keys() >= VAL_RECORD:

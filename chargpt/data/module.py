@@ -124,7 +124,7 @@ class CharDataModule(LightningDataModule):
         if "\r" in opened.vocabulary.characters:
             rank_zero_warn(
                 f"{source.path} has carriage returns (CR LF line endings, as on Windows?), which "
-                "are characters like others; a stop string with \\n matches CR LF too"
+                "are treated like any other character; a stop string with \\n matches CR LF too"
             )
         return opened
 
@@ -146,6 +146,7 @@ class CharDataModule(LightningDataModule):
         h = self.hparams
         trains = self.trainer is None or self.trainer.state.fn == "fit"
         for use, corpus, part, minimum in (
+            # Sequences of a batch start at different positions.
             ("training", self.corpus, self.train_tokens, max(h["block_size"] + 1, h["batch_size"])),
             ("validation", self.val_corpus, self.val_tokens, 2),
             ("testing", self.corpus, self.test_tokens, 2 if h["test_fraction"] else 0),
@@ -182,7 +183,7 @@ class CharDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         if len(self.test_tokens) == 0:
             raise UserError(
-                "there is no test split\nset --data.test_fraction for `fit`, or `validate`"
+                "there is no test split\ntrain with --data.test_fraction, or run `validate` instead"
             )
         return self.loader(EvaluationSequences, self.corpus, self.test_tokens)
 

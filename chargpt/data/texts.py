@@ -29,7 +29,7 @@ class UnavailableError(UserError):
 
 class TextFile(NamedTuple):
     path: str
-    size: int  # in bytes, and the time, when the corpus was resolved
+    size: int  # in bytes; this and the modification time are of when the corpus was resolved
     mtime_ns: int
 
 
@@ -121,7 +121,7 @@ def cache_dir() -> Path:
 
 
 def download(path: Path, url: str, size: int, sha256: str) -> bytes:
-    """The text at `url`. An error advises to save it at `path`."""
+    """The text at `url`. The error message advises saving it at `path`."""
     print(f"downloading {url}", file=sys.stderr)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:

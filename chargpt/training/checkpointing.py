@@ -42,7 +42,7 @@ SIGNALS = [
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and reads tensors and plain values only.
 
-    Lightning's own moves a file from the system's temporary folder, which may leave half of it.
+    Lightning's own moves a file from the system's temporary folder, which may leave a partial file.
     """
 
     def save_checkpoint(
@@ -163,7 +163,9 @@ class RunCheckpoint(Checkpoint):
         # A second Ctrl-C; but torchrun passes on one that this process has already received.
         if self.received and signum == signal.SIGINT and now - self.received_at > 1:
             raise KeyboardInterrupt
-        self.received, self.received_at = signum, now
+        if not self.received:
+            self.received_at = now
+        self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         # Lightning validates before it stops. A time limit waits for the end of an accumulation.

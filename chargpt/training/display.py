@@ -156,9 +156,8 @@ class RunReport(Callback):
         if self.run and (best := self.run.best):
             write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
             if more := trainer.global_step - best.step:
-                write(
-                    f"{more} more steps did not lower it; if train_loss fell, the network overfits"
-                )
+                steps = f"{more} more step{'s' * (more > 1)}"
+                write(f"{steps} did not lower it; if train_loss fell, the network overfits")
             path = shlex.quote(str(self.run.path(BEST)))
             write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
             for board in tensorboards(trainer):

@@ -88,7 +88,7 @@ class TrainingConfig(GPTConfig):
             raise UserError(f"optimizer {rule}")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
-                rule = f"lengths must divide block_size {self.block_size}, fractions be up to 1"
+                rule = f"lengths must divide block_size {self.block_size}, fractions be in (0, 1]"
                 raise UserError(f"short_contexts has {length}: {until}; {rule}")
 
     def context_at(self, progress: float) -> int:
@@ -155,7 +155,7 @@ class GPTModule(LightningModule):
                 self.second_head = nn.Linear(self.config.n_embd, len(vocabulary), bias=False)
                 nn.init.zeros_(self.second_head.weight)
         self.vocabulary = vocabulary
-        self.hidden_states = GPT.hidden_states
+        self.hidden_states = GPT.hidden_states  # a function, so that no module is registered twice
         if self.config.compile:
             self.hidden_states = torch.compile(GPT.hidden_states)
 
@@ -169,15 +169,15 @@ class GPTModule(LightningModule):
         return self.gpt(ids)
 
     @property
-    def detached(self) -> bool:
-        """Whether there is no Trainer, as in `load_from_checkpoint`."""
+    def has_no_trainer(self) -> bool:
+        """As in `load_from_checkpoint`."""
         try:
             return not self.trainer
         except RuntimeError:
             return True
 
     def configure_model(self) -> None:
-        if self.detached:
+        if self.has_no_trainer:
             return  # on_load_checkpoint builds the network
         check_trainer(self.trainer, self.config)
         data = datamodule_of(self.trainer)
@@ -199,7 +199,7 @@ class GPTModule(LightningModule):
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
             self.build(vocabulary)
-            if not self.detached:
+            if not self.has_no_trainer:
                 datamodule_of(self.trainer).use_vocabulary(vocabulary)
 
     def loss(self, hidden: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
@@ -262,9 +262,9 @@ class GPTModule(LightningModule):
             return
         batch = batch.long()
         T = batch.size(1) - 1
-        # While a run trains on short contexts, longer ones would only show that it has not yet.
+        # A run that trains on short contexts has not learned to use longer ones yet.
         context = min(T, self.context) if self.trainer.state.fn == "fit" else T
-        size = T // context * context  # the last sequence of a split may leave a rest
+        size = T // context * context  # the last sequence of a split may leave a remainder
         for ids, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1)):
             length = min(context, ids.size(1))
             ids, targets = ids.reshape(-1, length), targets.reshape(-1, length)
@@ -294,7 +294,8 @@ class GPTModule(LightningModule):
         optimizer = OPTIMIZERS[self.config.optimizer](self, self.gpt.blocks, self.config, fused)
         settings = [dict(group) for group in optimizer.param_groups]
 
-        def keep_settings(optimizer: torch.optim.Optimizer) -> None:  # those of the checkpoint go
+        def keep_settings(optimizer: torch.optim.Optimizer) -> None:
+            # Loading has restored those of the checkpoint.
             for group, own in zip(optimizer.param_groups, settings):
                 group.update(own)
 

@@ -1,4 +1,4 @@
-"""Optimizers (AdamW, Muon) and learning rate schedules; the tables below take more."""
+"""Optimizers (AdamW, Muon) and learning rate schedules; add your own to the tables below."""
 
 import math
 from collections.abc import Callable
@@ -104,7 +104,8 @@ class MuonAdamW(Optimizer):
 def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, Any]]:
     """Two parameter groups for AdamW: matrices, which are decayed, and vectors, which are not.
 
-    Vectors are biases and gains of norms: a gain pulled to 0 would remove its channel.
+    Vectors are biases and gains of norms: a gain pulled to 0 would remove its
+    channel, and biases are too few to overfit.
     """
     betas = (config.beta1, config.beta2)
     adamw = dict(lr=config.lr, initial_lr=config.lr, betas=betas, eps=config.eps)

@@ -20,7 +20,7 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
     max_steps=5000,
     val_check_interval=250,
     accumulate_grad_batches=1,
-    min_epochs=0,  # Lightning's 1 would never be reached, and min_steps would forbid to stop
+    min_epochs=0,  # Lightning's 1 would never be reached, and min_steps would prevent stopping
     check_val_every_n_epoch=None,  # one endless epoch: everything is counted in steps
     num_sanity_val_steps=0,
     use_distributed_sampler=False,  # batches are already split between ranks, without padding
@@ -142,7 +142,9 @@ def check_limits(settings: dict[str, Any]) -> None:
             raise UserError(f"trainer.{name} is {value}; it must be at least 1")
     batches, accumulate = settings["limit_train_batches"], settings["accumulate_grad_batches"]
     if type(batches) is int and batches % accumulate:  # a partial step could not be resumed
-        raise UserError(f"limit_train_batches {batches} is no multiple of accumulate_grad_batches")
+        raise UserError(
+            f"limit_train_batches {batches} is not a multiple of accumulate_grad_batches"
+        )
     if "spawn" in str(settings.get("strategy")):
         raise UserError("strategy ddp_spawn is not supported; use ddp, which also starts processes")
     if 0 < settings["max_steps"] < (settings.get("min_steps") or 0):
