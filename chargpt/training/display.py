@@ -89,7 +89,10 @@ class RunReport(Callback):
             warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
         devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
-        factors = f" ({data.hparams['batch_size']} x {devices} devices x {accumulate} accumulated)"
+        plural = "s" * (devices > 1)
+        factors = (
+            f" ({data.hparams['batch_size']} x {devices} device{plural} x {accumulate} accumulated)"
+        )
         write(
             f"model    {sum(p.numel() for p in network.parameters()):,} parameters\n"
             f"corpus   {corpus.source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
