@@ -3,7 +3,7 @@
     python tests/benchmarks/pictures.py path/to/input.txt --folder tests/benchmarks/figures
 
 Trains the small size of chargpt/textbook.py once (two minutes on two cores) and draws two figures.
-`attention.png` shows the attention weights of three heads on one line, selected by their mean
+`attention.png` shows the attention weights of two heads on one line, selected by their mean
 weights on a batch of the validation split. `growth.png` shows the loss on the whole validation
 split, and text generated after 0, 100, 500, 1000 and all steps. Needs matplotlib.
 """
@@ -119,7 +119,7 @@ def draw_growth(curve: Curve, samples: Samples, V: int, picture: Path) -> None:
 
 @torch.no_grad()
 def mean_weights(model: BigramLangModel, text: Text) -> dict[str, dict[str, float]]:
-    """Mean attention weight of each head on three kinds of positions, for a validation batch."""
+    """Mean attention weight of each head on two kinds of positions, for a validation batch."""
     idx, _ = textbook.get_batch(text.val, model.block_size, batch_size=16)
     T = idx.size(1)
     previous = torch.eye(T).roll(1, 0).tril(-1)  # row t, column t - 1
@@ -129,14 +129,12 @@ def mean_weights(model: BigramLangModel, text: Text) -> dict[str, dict[str, floa
         torch.where(space, position, -1).cummax(dim=1).values
     )  # (B, T): -1 before the first
     starts = (position == last_space.unsqueeze(-1)).float()  # (B, T, T)
-    far = (position.unsqueeze(1) - position >= 8).float()
     means = {}
     for name, head, x in all_heads(model, idx):
         weights = head.weights(x)
         means[name] = {
             "the previous character": (weights * previous).sum(-1).mean().item(),
             "the space before the word": (weights * starts).sum(-1).mean().item(),
-            "eight or more characters back": (weights * far).sum(-1).mean().item(),
         }
     return means
 
