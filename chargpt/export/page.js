@@ -362,7 +362,7 @@ function half_to_float(buffer) {
 
 // ---- vocabulary.py ----
 
-const [MAX_NAMED, MAX_POSITIONS] = [10, 3];
+const MAX_NAMED = 10;
 
 class Vocabulary {
   // Code points, since two adjacent lone surrogates would merge into one character in a string;
@@ -379,32 +379,25 @@ class Vocabulary {
 
   encode(text) {
     const characters = Array.from(text);
-    const positions = [...characters.keys()].filter((position) => !this.ids.has(characters[position]));
-    if (positions.length) throw new Error(this.describe_unknown(characters, positions));
+    if (!characters.every((character) => this.ids.has(character))) throw new Error(this.describe_unknown(characters));
     return characters.map((character) => this.ids.get(character));
   }
 
-  describe_unknown(text, positions) {
-    const unknown = new Map(); // character -> its positions
-    for (const position of positions) {
-      if (!unknown.has(text[position])) unknown.set(text[position], []);
-      unknown.get(text[position]).push(position);
-    }
-    const named = [...unknown].slice(0, MAX_NAMED).map((entry) => this.describe(...entry));
-    if (unknown.size > MAX_NAMED) named.push(`and ${grouped(unknown.size - MAX_NAMED)} other characters`);
+  describe_unknown(text) {
+    const unknown = [...new Set(text)].filter((character) => !this.ids.has(character));
+    const named = unknown.slice(0, MAX_NAMED).map((character) => this.describe(character, text.indexOf(character)));
+    if (unknown.length > MAX_NAMED) named.push(`and ${grouped(unknown.length - MAX_NAMED)} other characters`);
     return (
-      `unknown character${unknown.size > 1 ? "s" : ""} ${named.join("; ")} (positions count from 0; ` +
+      `unknown character${unknown.length > 1 ? "s" : ""} ${named.join("; ")} (positions count from 0; ` +
       `the vocabulary has ${grouped(this.characters.length)} characters)`
     );
   }
 
-  describe(character, positions) {
-    let where = "position " + positions.slice(0, MAX_POSITIONS).join(", ");
-    if (positions.length > MAX_POSITIONS) where += ` and ${grouped(positions.length - MAX_POSITIONS)} more`;
+  describe(character, position) {
     const nearest = this.nearest(character).map(repr).join(" or ");
     const hint = nearest && `, nearest known: ${nearest}`;
     const shown = is_combining(character) ? `'${escaped(character)}'` : repr(character);
-    return `${shown} (${code_name(character)}) at ${where}${hint}`;
+    return `${shown} (${code_name(character)}) at position ${position}${hint}`;
   }
 
   nearest(character) {
