@@ -319,8 +319,9 @@ class GPTModule(LightningModule):
 @torch.no_grad()
 def copy_weights(source: GPT, target: GPT) -> None:
     """Copy all weights; the rows of additional characters keep their initial values."""
-    for weight, initial in zip(source.parameters(), target.parameters()):
-        initial[: len(weight)] = weight
+    weights = target.state_dict()
+    for name, weight in source.state_dict().items():
+        weights[name][tuple(map(slice, weight.shape))] = weight
 
 
 def elapsed_fraction(trainer: Trainer) -> float:
