@@ -125,9 +125,9 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
                 "does not support\nread it with the version that wrote it"
             )
     config = GPTConfig(**{name: settings[name] for name in names})
-    # A run that ended while its contexts were short has not learned to use longer ones.
     context = checkpoint["chargpt"].get("context", config.block_size)
-    config = replace(config, block_size=context)
+    if type(context) is not int or not 1 <= context <= config.block_size:
+        raise UserError(f"{path} has a context of {str(context)[:80]}, beyond its block_size")
     if re.search("[\ud800-\udfff]", checkpoint["vocabulary"]):
         raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
     vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -137,20 +137,21 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
         if str(name).startswith("gpt.")
     }
     check_weights(weights, path)
-    if "position_embedding.weight" in weights:
-        weights["position_embedding.weight"] = weights["position_embedding.weight"][:context]
     if config.n_layer > len(weights):  # before any memory is allocated for so many
         raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:
-        with (
-            torch.device("meta"),
-            SkipNormal(),
-        ):  # the weights come from the file: none are allocated or drawn
+        # The weights come from the file: none are allocated or drawn.
+        with torch.device("meta"), SkipNormal():
             gpt = GPT(config, len(vocabulary))
         assign_weights(gpt, weights)
     except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
         reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
         raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
+    if context < config.block_size:  # contexts were short, so longer ones have not been learned
+        gpt.config = replace(config, block_size=context)
+        if gpt.position_embedding is not None:
+            positions = gpt.position_embedding.weight[:context].detach().clone()
+            gpt.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
     return gpt, vocabulary
 
 

@@ -103,8 +103,7 @@ class Vocabulary:
         count = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
         message = f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} {count}"
         if "\\" in unknown and "\\n" in text:
-            message += "\n\\n is not a newline here: write --generate.prompt $'\\n' in a shell, or "
-            message += "--generate.stop '[\"\\n\"]'"
+            message += "\n\\n is not a newline here; write $'\\n' in bash or zsh"
         return message
 
 

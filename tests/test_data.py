@@ -325,7 +325,7 @@ def test_another_text_may_be_scored_with_any_split_but_not_trained_on(tmp_path):
 # --- a text of its own to validate on ---
 
 
-def write_val(folder, text: str = "egg fed a cab\n" * 3) -> str:
+def write_val(folder, text: str = "hedge fed bed\n" * 3) -> str:
     path = folder / "val.txt"
     path.write_text(text)
     return str(path)
@@ -339,14 +339,14 @@ def test_a_validation_text_leaves_the_whole_corpus_to_training(tmp_path):
     targets = torch.cat([batch[:, 1:].flatten() for batch in batches])
     text = (tmp_path / "val.txt").read_text()
     assert data.vocabulary.decode(targets) == text[1:]  # in the ids of the corpus
-    assert len(data.vocabulary) == 10 > len(set(text)) == 9
+    assert len(data.vocabulary) == 10 > len(set(text)) == 8
     assert data.hparams["val_corpus"] == str(tmp_path / "val.txt")
     assert data.hparams["val_corpus_bytes"] == len(text)
     assert data.hparams["val_corpus_digest"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_validation_text_with_unknown_characters_is_refused_by_name(tmp_path):
-    data = make_data(tmp_path, val_corpus=write_val(tmp_path, "hag fed z"))
+    data = make_data(tmp_path, val_corpus=write_val(tmp_path, "hedge fed z"))
     data.setup()
     with pytest.raises(UserError, match=r"val.txt has characters .* does not know: \['z'\]"):
         data.use_vocabulary(data.vocabulary)
@@ -363,7 +363,7 @@ def test_a_changed_validation_text_is_refused_unless_it_is_named(tmp_path):
         data.setup()
 
     setup(recorded)
-    write_val(tmp_path, "egg fed a bac\n" * 3)
+    write_val(tmp_path, "hedge bed fed\n" * 3)
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match="val.txt is not the text"):
         setup(recorded)

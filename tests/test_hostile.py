@@ -500,6 +500,8 @@ REFUSED_NETWORKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "a million layers": hyper(n_layer=10**6),
     "a billion channels": hyper(n_embd=10**9, n_head=1),
     "a block of ten million": hyper(block_size=10**7),
+    "a context of ten million": lambda checkpoint: checkpoint["chargpt"].update(context=10**7),
+    "a context that is text": lambda checkpoint: checkpoint["chargpt"].update(context="8"),
     "a trillion rows of n-grams": hyper(ngrams={2: 10**12}),
     "n-grams of a million characters": hyper(ngrams={10**6: 5}),
     "n-grams that are code": hyper(ngrams={"class_path": SUBPROCESS}),

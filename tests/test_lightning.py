@@ -47,6 +47,7 @@ def test_a_limit_of_one_is_one_batch(folder, trained, command, monkeypatch):
         monkeypatch.setattr(step.format(split), lambda self, batch, i: seen.append(i))
     for hook in ("on_validation_epoch_end", "on_test_epoch_end"):
         monkeypatch.setattr(f"chargpt.training.module.GPTModule.{hook}", lambda self: None)
+    monkeypatch.setattr("chargpt.cli.train.TrainingCLI.print_score", lambda self: None)
     for name, split in (("validate", "val"), ("test", "test")):
         for limit, batches in (("1", [0]), ("3", [0, 1, 2])):
             assert command(trained, name, f"--trainer.limit_{split}_batches={limit}").status == 0

@@ -140,7 +140,7 @@ def test_cr_lf_line_endings_are_announced(folder, text, command):
 def test_a_literal_backslash_n_in_a_prompt_is_explained(trained, command):
     for flag in (r"--generate.prompt=The king\nspeaks", r"--generate.stop=\n\n"):
         result = command(trained, "predict", flag)
-        assert_refused(result, r"\n is not a newline here", r"""'["\n"]'""")
+        assert_refused(result, r"\n is not a newline here; write $'\n'")
         assert len(result.err.splitlines()) == 3  # with the checkpoint's name
 
 

@@ -718,9 +718,18 @@ def test_every_stage_opens_its_numbers(chrome, tmp_path):
         if selected:
             chrome.js("select(9)")
             chrome.wait("inside.trace")
-        for number, id in enumerate(stages, 1):
-            chrome.element(f"#diagram li:nth-child({number}) button").send_keys(Keys.ENTER)
+        for number, id in enumerate(stages):
+            if number == 0:
+                chrome.element("#diagram button").send_keys(Keys.ENTER)
+            else:
+                chrome.driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
             assert chrome.js("inside.stage") == id
+            assert (
+                chrome.js(
+                    "[...document.querySelectorAll('#diagram button')].findIndex((e) => e.tabIndex === 0)"
+                )
+                == number
+            )
             assert len(chrome.text("#explanation")) > 60
             if id.startswith("attention") and selected:
                 chrome.wait("document.querySelector('#maps canvas')")
@@ -731,7 +740,7 @@ def test_every_stage_opens_its_numbers(chrome, tmp_path):
     vectors = chrome.js("[...document.querySelectorAll('figure')].map((e) => e.textContent)")
     assert [v.split(":")[0] for v in vectors] == [
         f"Character “{text[8]}”, row {CHARACTERS.index(text[8])}",
-        "Position 8",
+        "Position in the context, row 8",
         *(v.split(":")[0] for v in vectors[2:4] if v.startswith("Last")),
         "Sum",
     ]

@@ -434,16 +434,32 @@ function fill_diagram() {
     entry.cells = ["name", "shape", "guess", "bits"].map((name) => make("span", name));
     entry.cells[0].textContent = entry.name;
     const button = make("button", "", ...entry.cells.slice(0, entry.branch ? 2 : 4));
-    button.type = "button";
+    Object.assign(button, { type: "button", role: "tab" });
+    button.setAttribute("aria-controls", "details");
     button.addEventListener("click", () => (open_stage(entry.id), $("stage").scrollIntoView({ block: "nearest" })));
     entry.button = button;
-    $("diagram").append(make("li", entry.branch ? "branch" : "", button));
+    const item = make("li", entry.branch ? "branch" : "", button);
+    item.role = "presentation";
+    $("diagram").append(item);
   }
+}
+
+// Up and down open the adjacent stage; Tab leaves the diagram.
+function move_in_diagram(event) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const next = STAGES[STAGES.indexOf(stage()) + step];
+  if (!next) return;
+  event.preventDefault();
+  open_stage(next.id);
+  next.button.focus();
 }
 
 function open_stage(id) {
   inside.stage = id;
-  for (const entry of STAGES) entry.button.setAttribute("aria-current", entry.id === id);
+  for (const { button, ...entry } of STAGES) {
+    button.setAttribute("aria-selected", entry.id === id);
+    button.tabIndex = entry.id === id ? 0 : -1;
+  }
   const { layer } = stage();
   if (layer === undefined) return show_details();
   $("layer").value = layer;
@@ -550,7 +566,7 @@ function show_embeddings() {
   for (const { table, index, vector } of trace.parts) {
     const last = typeof table === "number" ? table : 1;
     const name = text.characters.slice(Math.max(inside.first, seen - last), seen).map(short).join("");
-    const title = table === "position" ? `Position ${index}` : table === "token" ? `Character “${name}”, row ${index}`
+    const title = table === "position" ? `Position in the context, row ${index}` : table === "token" ? `Character “${name}”, row ${index}`
       : `Last ${table} characters “${name}”, row ${grouped(index)}`; // prettier-ignore
     show_vector(title, vector);
   }
@@ -852,23 +868,30 @@ function show_product() {
   if (inside.key === null || inside.key < first || inside.key >= seen) inside.key = first + argmax(weights);
   const key = keys[inside.key - first];
   Object.assign($("key"), { min: first + 1, max: seen, value: inside.key + 1 });
-  const dot = (k) => query.reduce((sum, q, d) => sum + q * k[d], 0);
-  const D = query.length;
   const rows = Array.from(query, (q, d) => [d + 1, q.toFixed(4), key[d].toFixed(4), (q * key[d]).toFixed(4)]);
   const heads = ["channel", "query", "key", "product"];
   $("products").replaceChildren(table("The products, channel by channel", heads, rows));
-  const score = dot(key) / Math.sqrt(D);
-  const total = keys.reduce((sum, k) => sum + Math.exp(dot(k) / Math.sqrt(D)), 0);
-  $("weight").textContent =
-    `The query of ${quoted(text.characters[seen - 1])} (${seen}) and the key of ${quoted(text.characters[inside.key])} ` +
-    `(${inside.key + 1}): their dot product, the sum of the products, is ${number(dot(key))}. Divided by √${D}, it gives the ` +
-    `score ${number(score)}. e^score is ${number(Math.exp(score))}; divided by the sum of e^score over all ` +
-    `${grouped(keys.length)} characters of the context, ${number(total)}, it gives the weight ${(Math.exp(score) / total).toFixed(4)}.`;
+  $("weight").textContent = describe_weight(query, keys, inside.key - first);
   for (const mark of $("maps").querySelectorAll("i.key")) mark.remove();
   const { from, n } = trace_maps();
   const box = $("maps").children[Number($("head").value)]?.querySelector("div");
   if (box && inside.key >= from)
     box.append(style(make("i", "key"), { row: (seen - 1 - from) / n, column: (inside.key - from) / n }));
+}
+
+// From the dot product of the query and one of the keys to its weight.
+function describe_weight(query, keys, index) {
+  const { first, seen } = inside;
+  const dots = keys.map((key) => query.reduce((sum, q, d) => sum + q * key[d], 0));
+  const scores = dots.map((dot) => dot / Math.sqrt(query.length));
+  const total = scores.reduce((sum, score) => sum + Math.exp(score), 0);
+  const name = (position) => `${quoted(text.characters[position])} (${position + 1})`;
+  return (
+    `The query of ${name(seen - 1)} and the key of ${name(first + index)}: their dot product, the sum of the products, ` +
+    `is ${number(dots[index])}. Divided by √${query.length}, it gives the score ${number(scores[index])}. e^score is ` +
+    `${number(Math.exp(scores[index]))}; divided by the sum of e^score over all ${grouped(keys.length)} characters of ` +
+    `the context, ${number(total)}, it gives the weight ${softmax(scores)[index].toFixed(4)}.`
+  );
 }
 
 const trace_maps = () => inside.trace.maps || { from: Infinity, n: 1 };
@@ -1003,6 +1026,7 @@ function start() {
   on("text", "keydown", on_key);
   on("position", "change", () => $("position").value && select($("position").valueAsNumber - 1));
   on("undo", "click", undo);
+  on("diagram", "keydown", move_in_diagram);
   on("layer", "change", () => open_stage(`attention ${$("layer").value}`));
   on("head", "change", () => choose_head($("head").value));
   on("key", "change", () => {

@@ -89,7 +89,10 @@ class RunReport(Callback):
             warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
         devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
-        factors = f" ({data.hparams['batch_size']} x {devices} devices x {accumulate} accumulated)"
+        plural = "s" * (devices > 1)
+        factors = (
+            f" ({data.hparams['batch_size']} x {devices} device{plural} x {accumulate} accumulated)"
+        )
         write(
             f"model    {sum(p.numel() for p in network.parameters()):,} parameters\n"
             f"corpus   {corpus.source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
@@ -126,7 +129,8 @@ class RunReport(Callback):
         bits = new.loss / math.log(2)
         best = "*" if self.run and new.is_better_than(self.run.best) else " "
         line = f"{step_of(trainer)}  val_loss {new.loss:.3f}{best} ({bits:.2f} bits)"
-        if "train_loss" in metrics:  # of one batch
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if "train_loss" in metrics and trainer.global_step >= every:  # not that of the first step
             line += f"  train {metrics['train_loss']:.2f}"
         if "chars_per_second" in metrics:
             line += f"  {tqdm.format_sizeof(metrics['chars_per_second'].item())} chars/s"
