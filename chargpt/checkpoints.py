@@ -143,7 +143,7 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
         # The weights come from the file: none are allocated or drawn.
         with torch.device("meta"), SkipNormal():
             gpt = GPT(config, len(vocabulary))
-        gpt.load_state_dict(weights, assign=True)
+        assign_weights(gpt, weights)
     except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
         reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
         raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
@@ -153,6 +153,16 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
             positions = gpt.position_embedding.weight[:context].detach().clone()
             gpt.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
     return gpt, vocabulary
+
+
+def assign_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
+    """Load weights without copying them; a parameter that several modules share stays shared."""
+    names: dict[nn.Parameter, str] = {}
+    pairs = [(n, names.setdefault(p, n)) for n, p in gpt.named_parameters(remove_duplicate=False)]
+    gpt.load_state_dict(weights, assign=True)
+    for name, original in pairs:
+        module, _, attribute = name.rpartition(".")
+        setattr(gpt.get_submodule(module), attribute, gpt.get_parameter(original))
 
 
 class SkipNormal(TorchFunctionMode):

@@ -132,12 +132,15 @@ class Reference(nn.Module):
 
 
 def named_as_in_gpt(reference: Reference) -> dict[str, list[nn.Parameter]]:
-    """The parameters that each parameter of `chargpt.GPT` consists of, one below the other."""
-    names = {}
+    """The parameters that each parameter of `chargpt.GPT` consists of, one after another."""
+    names: dict[str, list[nn.Parameter]] = {}
+    added: set[nn.Parameter] = set()
 
     def add(prefix: str, module: nn.Module | None) -> None:
         for name, parameter in () if module is None else module.named_parameters():
-            names[f"{prefix}.{name}"] = [parameter]
+            if parameter not in added:  # a tied one has its first name
+                added.add(parameter)
+                names[f"{prefix}.{name}"] = [parameter]
 
     add("token_embedding", reference.token_embedding)
     add("position_embedding", reference.position_embedding)
@@ -166,8 +169,9 @@ def reference_of(gpt: nn.Module) -> Reference:
     names, weights = named_as_in_gpt(reference), dict(gpt.named_parameters())
     assert names.keys() == weights.keys()
     for name, parts in names.items():
-        for part, weight in zip(parts, weights[name].split([len(part) for part in parts])):
-            part.copy_(weight)
+        numbers = weights[name].flatten().split([part.numel() for part in parts])
+        for part, values in zip(parts, numbers):
+            part.copy_(values.view_as(part))
     return reference
 
 

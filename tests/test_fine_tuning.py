@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import MUON, assert_same, last, make_data, make_module, make_trainer
+from torch import nn
 
 import chargpt
-from chargpt.model import UserError
+import chargpt.training.module as module_file
+from chargpt import checkpoints
+from chargpt.model import GPT, GPTConfig, UserError
+from chargpt.vocabulary import Vocabulary
 
 RUNS = Path("lightning_logs")
 OTHER = "Thé king walks, and thé queen sings. ß\n"
@@ -122,6 +126,31 @@ def test_in_python(tmp_path):
     torch.testing.assert_close(base.gpt(ids[known, :-1]), logits[known, :, :size])
     with pytest.raises(TypeError, match="n_embd"):
         chargpt.GPTModule.init_from(last(tmp_path / "base"), n_embd=32)
+
+
+def test_a_tied_head_stays_tied(tmp_path, monkeypatch):
+    """The network that is loaded, and a new run that starts with it; also a learned scalar."""
+
+    class Tied(GPT):
+        def initialize(self) -> None:
+            self.head.weight = self.token_embedding.weight
+            self.blocks[0].gain = nn.Parameter(torch.tensor(2.0))
+            super().initialize()
+
+    monkeypatch.setattr(checkpoints, "GPT", Tied)
+    monkeypatch.setattr(module_file, "GPT", Tied)
+    gpt = Tied(GPTConfig(block_size=8, n_embd=16, n_head=2, n_layer=2), 3).eval()
+    nn.init.constant_(gpt.blocks[0].gain, 3.0)
+    chargpt.save(gpt, Vocabulary("abc"), tmp_path / "a.ckpt")
+    loaded = chargpt.load(tmp_path / "a.ckpt").gpt
+    module = chargpt.GPTModule.init_from(tmp_path / "a.ckpt")
+    module.build(Vocabulary("abcd"))
+    ids = torch.tensor([[0, 1, 2, 1]])
+    for other in (loaded, module.gpt.eval()):
+        assert other.head.weight is other.token_embedding.weight
+        assert [n for n, _ in other.named_parameters()] == [n for n, _ in gpt.named_parameters()]
+        assert other.blocks[0].gain == 3.0
+        torch.testing.assert_close(other(ids)[..., :3], gpt(ids))
 
 
 def test_a_text_with_fewer_characters_than_the_network_is_scored(run, command):

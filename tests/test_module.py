@@ -429,3 +429,19 @@ def test_module_and_data_must_agree_on_the_block_size(tmp_path):
     tmp_path.mkdir(exist_ok=True)  # removed with the run that failed
     with pytest.raises(UserError, match="needs a CharDataModule"):
         make_trainer(tmp_path).fit(make_module(), train_dataloaders=[])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [dict(activation="gelu"), dict(n_head=4), dict(dropout=0.3, bias=False), MUON],
+    ids=str,
+)
+def test_a_checkpoint_of_a_different_network_or_optimizer_is_refused(trained, tmp_path, setting):
+    """In Python too, and where its weights would fit."""
+    name = next(name for name in setting if name != "dropout")
+    with pytest.raises(UserError, match=f"^{name} is .* in the checkpoint, but {setting[name]} in"):
+        train(tmp_path, model=setting, ckpt_path=last(trained[0]))
+
+
+def test_dropout_may_change_when_a_run_resumes(trained, tmp_path):
+    train(tmp_path, model=dict(dropout=0.3), ckpt_path=last(trained[0]), max_steps=13)

@@ -225,14 +225,16 @@ def test_muon_takes_all_matrices_of_the_blocks_and_splits_query_key_and_value():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_tied_and_new_weights_need_no_change_of_the_optimizers(name):
-    """A tied head, a weight shared by two blocks, and a new layer with a 3-D weight."""
+    """A tied head, a weight shared by two blocks, and a new layer with a 3-D weight and 2-D bias."""
     module = make_module()
     gpt = module.gpt
     gpt.head.weight = gpt.token_embedding.weight
     gpt.blocks[1].attention.qkv.weight = gpt.blocks[0].attention.qkv.weight
     gpt.blocks[0].experts = nn.Module()
     gpt.blocks[0].experts.weight = nn.Parameter(draw(3, 4, 4))
+    gpt.blocks[0].experts.bias = nn.Parameter(draw(3, 4))
     groups = groups_by_name(module, name)
+    assert groups[1][0]["weight_decay"] == 0 and "blocks.0.experts.bias" in groups[1][1]
     if name == "muon":
         assert "blocks.0.experts.weight" in groups[2][1]
         assert groups[3][1] == {"blocks.0.attention.qkv.weight"}

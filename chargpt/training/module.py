@@ -196,6 +196,8 @@ class GPTModule(LightningModule):
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.detached:
+            check_same_model(checkpoint["hyper_parameters"], self.config)
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
             self.build(vocabulary)
@@ -320,8 +322,9 @@ class GPTModule(LightningModule):
 @torch.no_grad()
 def copy_weights(source: GPT, target: GPT) -> None:
     """Copy all weights; the rows of additional characters keep their initial values."""
-    for weight, initial in zip(source.parameters(), target.parameters()):
-        initial[: len(weight)] = weight
+    weights = target.state_dict()
+    for name, weight in source.state_dict().items():
+        weights[name][tuple(map(slice, weight.shape))] = weight
 
 
 def elapsed_fraction(trainer: Trainer) -> float:
@@ -361,6 +364,18 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
     endless = trainer.max_steps == -1 and not counts_epochs and not callbacks_of(trainer, Timer)
     if scheduled and endless:
         raise UserError("schedule, short_contexts and second_target need max_steps or max_time")
+
+
+def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
+    """Refuse a checkpoint of a different network or optimizer, also if its weights would fit."""
+    for name in (*WEIGHT_SETTINGS, "optimizer"):
+        before, now = saved.get(name), getattr(config, name)
+        longer = name == "block_size" and config.position == "rotary"  # no weight depends on it
+        if name in saved and before != now and not longer:
+            raise UserError(
+                f"{name} is {before} in the checkpoint, but {now} in the GPTModule\n"
+                "create it with the settings of the checkpoint, or train a new model"
+            )
 
 
 def callbacks_of(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:

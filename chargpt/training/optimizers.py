@@ -1,7 +1,7 @@
 """Optimizers (AdamW, Muon) and learning rate schedules; add your own to the tables below."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -101,7 +101,19 @@ class MuonAdamW(Optimizer):
         )
 
 
-def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, Any]]:
+def matrices_in(module: nn.Module) -> dict[nn.Parameter, int]:
+    """The matrices of a module and how many each parameter stacks; biases of any shape are none."""
+    matrices: dict[nn.Parameter, int] = {}
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if p.dim() > 1 and name != "bias":
+                matrices.setdefault(p, getattr(part, "stacked", 1))
+    return matrices
+
+
+def adamw_groups(
+    module: nn.Module, config: Any, without: Container[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Two parameter groups for AdamW: matrices, which are decayed, and vectors, which are not.
 
     Vectors are biases and gains of norms: a gain pulled to 0 would remove its
@@ -109,8 +121,10 @@ def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, 
     """
     betas = (config.beta1, config.beta2)
     adamw = dict(lr=config.lr, initial_lr=config.lr, betas=betas, eps=config.eps)
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
+    parameters = [p for p in module.parameters() if p not in without]
+    decayed = matrices_in(module)
+    matrices = [p for p in parameters if p in decayed]
+    vectors = [p for p in parameters if p not in decayed]
     return [
         dict(params=matrices, weight_decay=config.weight_decay, **adamw),
         dict(params=vectors, weight_decay=0.0, **adamw),
@@ -119,17 +133,13 @@ def adamw_groups(parameters: list[nn.Parameter], config: Any) -> list[dict[str, 
 
 def make_adamw(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) -> Optimizer:
     """AdamW for all parameters."""
-    return torch.optim.AdamW(adamw_groups(list(module.parameters()), config), fused=fused)
+    return torch.optim.AdamW(adamw_groups(module, config), fused=fused)
 
 
 def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) -> Optimizer:
     """Muon for the matrices of the blocks, AdamW for embeddings, heads and vectors."""
-    hidden: dict[nn.Parameter, int] = {}  # how many matrices each parameter stacks
-    for part in blocks.modules():
-        for p in part.parameters(recurse=False):
-            if p.dim() > 1:
-                hidden.setdefault(p, getattr(part, "stacked", 1))
-    groups = adamw_groups([p for p in module.parameters() if p not in hidden], config)
+    hidden = matrices_in(blocks)
+    groups = adamw_groups(module, config, without=hidden)
     muon = dict(
         muon=True,
         lr=config.muon_lr,
