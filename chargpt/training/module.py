@@ -196,7 +196,7 @@ class GPTModule(LightningModule):
         checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self.detached:
+        if not self.has_no_trainer:
             check_same_model(checkpoint["hyper_parameters"], self.config)
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
