@@ -200,7 +200,7 @@ def test_accumulation_cannot_be_changed_when_a_run_resumes(run, command):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(limit_train_batches=3, accumulate_grad_batches=2), "no multiple of"),
+        (dict(limit_train_batches=3, accumulate_grad_batches=2), "not a multiple of"),
         (dict(max_epochs=0), "max_epochs is 0"),
         (dict(max_time=60), "is not a duration"),
     ],
