@@ -94,6 +94,8 @@ def test_the_network_is_that_of_the_checkpoint(run, command):
     assert "model.n_embd 64 -> 8" in result.err and "model.norm plain -> layer" in result.err
     settings = read(run, 1)["hyper_parameters"]
     assert (settings["n_embd"], settings["norm"], settings["dropout"]) == (8, "layer", 0.3)
+    resumed = command(run, *arguments, "--ckpt_path=last", "--trainer.max_steps=2")
+    assert resumed.status == 0, resumed.err  # as the message of a stopped run advises
     result = command(run, *arguments, "--model.n_embd=16")
     assert (result.status, "n_embd is 8 in" in result.err) == (1, True)
 

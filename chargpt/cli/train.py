@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,8 @@ class TrainingCLI(LightningCLI):
             restored = self.restore(self.checkpoint_path)
             self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
             self.config.ckpt_path = str(self.checkpoint_path)
+            if self.command == "fit" and self.config.init_from:
+                self.use_network(self.checkpoint["hyper_parameters"], self.checkpoint_path)
             self.check_changes(restored)
         elif self.command == "fit" and self.config.init_from:
             self.initialize_from(resolve_checkpoint(self.config.init_from, self.root))
@@ -230,12 +232,18 @@ class TrainingCLI(LightningCLI):
     def initialize_from(self, path: Path) -> None:
         """Take network and weights from a checkpoint, and everything else from the command."""
         self.initial = build_network(read_checkpoint(path), path)
-        self.config.init_from, changes = str(path.absolute()), []
-        network = self.initial[0].config
+        self.config.init_from = str(path.absolute())
+        rank_zero_print(f"weights  {path}")
+        self.use_network(asdict(self.initial[0].config), path)
+
+    def use_network(self, network: dict[str, Any], path: Path) -> None:
+        """Set the network's settings, whatever files say; a flag that differs is refused."""
+        changes = []
         for name in WEIGHT_SETTINGS:
             flag = "data.block_size" if name == "block_size" else f"model.{name}"
-            now, value = self.config[flag], getattr(network, name)
-            if name == "block_size" and network.position == "rotary" and self.is_given(flag):
+            now = self.config[flag]
+            value = network.get(name, now)
+            if name == "block_size" and network.get("position") == "rotary" and self.is_given(flag):
                 continue  # no weight depends on the length
             if now != value and self.is_flag(flag):
                 raise UserError(
@@ -245,7 +253,6 @@ class TrainingCLI(LightningCLI):
             if now != value and self.is_given(flag):
                 changes.append(f"{flag} {now} -> {value}")
             self.config[flag] = self.config[f"model.{name}"] = value
-        rank_zero_print(f"weights  {path}")
         print_changes(changes)
 
     def check_changes(self, restored: dict[str, Any]) -> None:
