@@ -229,7 +229,7 @@ def train(
             optimizer.param_groups[0]["lr"] = lr * (1 - step / epochs)  # falls to 0
             _, batch_loss = model(*get_batch(data["train"], model.block_size, batch_size))
             optimizer.zero_grad()
-            batch_loss.backward()  # the gradient of the loss by each weight
+            batch_loss.backward()  # the gradient of the loss for each weight
             optimizer.step()
 
 
