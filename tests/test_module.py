@@ -433,13 +433,20 @@ def test_module_and_data_must_agree_on_the_block_size(tmp_path):
 
 @pytest.mark.parametrize(
     "setting",
-    [dict(activation="gelu"), dict(n_head=4), dict(dropout=0.3, bias=False), MUON],
+    [
+        dict(activation="gelu"),
+        dict(n_head=4),
+        dict(dropout=0.3, bias=False),
+        dict(second_target=0.5),
+        MUON,
+    ],
     ids=str,
 )
 def test_a_checkpoint_of_a_different_network_or_optimizer_is_refused(trained, tmp_path, setting):
     """In Python too, and where its weights would fit."""
     name = next(name for name in setting if name != "dropout")
-    with pytest.raises(UserError, match=f"^{name} is .* in the checkpoint, but {setting[name]} in"):
+    refused = f"^{name} is .* in the checkpoint and cannot be changed to {setting[name]}:"
+    with pytest.raises(UserError, match=refused):
         train(tmp_path, model=setting, ckpt_path=last(trained[0]))
 
 

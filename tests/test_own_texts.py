@@ -148,13 +148,19 @@ def test_a_named_text_is_found_by_its_name_on_another_machine(folder, text, comm
     for machine in ("one", "two"):
         (folder / machine / "mine").mkdir(parents=True)
         (folder / machine / "mine/input.txt").write_text(text, newline="\n")
-    flags = ["--data.corpus=mine", "--data.data_dir=one"]
+    for corpora in (["--data.corpus=mine"], ["--data.corpus=mine", "--data.val_corpus=mine"]):
+        shutil.copytree(folder / "one", folder / "used", dirs_exist_ok=True)
+        check_on_another_machine(folder, text, command, [*corpora, "--data.data_dir=used"])
+
+
+def check_on_another_machine(folder, text, command, flags) -> None:
     assert command(folder, "fit", "--config=tiny.yaml", *flags).status == 0
-    resume = ["fit", "--ckpt_path=last", "--data.data_dir=one", "--trainer.max_steps"]
+    resume = ["fit", "--ckpt_path=last", "--data.data_dir=used", "--trainer.max_steps"]
     assert command(folder, *resume, "9").status == 0  # by its path
-    shutil.rmtree(folder / "one")
+    shutil.rmtree(folder / "used")
     result = command(folder, "validate", "--data.data_dir=two")
     assert result.status == 0, result.err
     assert str(folder / "two/mine/input.txt") in result.err
     (folder / "two/mine/input.txt").write_text(text[::-1], newline="\n")
     assert_refused(command(folder, "validate", "--data.data_dir=two"), "is not the text")
+    (folder / "two/mine/input.txt").write_text(text, newline="\n")

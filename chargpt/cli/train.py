@@ -37,6 +37,7 @@ from chargpt.data.texts import NAMED_TEXTS
 from chargpt.model import GPT, UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
 from chargpt.training.checkpointing import SIGNALS, RunCheckpoint, check_resumable
+from chargpt.training.module import check_same_model
 from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
 from chargpt.vocabulary import Vocabulary
 
@@ -257,21 +258,18 @@ class TrainingCLI(LightningCLI):
 
     def check_changes(self, restored: dict[str, Any]) -> None:
         """Refuse settings of a different network, and print all others that differ."""
-        fixed = {*WEIGHT_SETTINGS, "optimizer"}
-        if self.config.model.position == "rotary":  # no weight depends on the length
-            fixed -= {"block_size"}
-        if self.command == "fit":  # scores would not be comparable
-            fixed |= {"val_corpus", "val_fraction", "test_fraction", "limit_val_batches"}
+        model = TrainingConfig(**self.config.model.as_dict())
+        check_same_model(self.checkpoint["hyper_parameters"], model)
+        fixed = {"val_corpus", "val_fraction", "test_fraction", "limit_val_batches"}
         changes = []
         for flag, before in restored.items():
             now, name = self.config[flag], flag.partition(".")[2]
             if name in ("corpus", "val_corpus") and now and before:
                 continue  # its path may differ, the text may not
-            second_head = name == "second_target" and bool(now) != bool(before)
-            if now != before and (name in fixed or second_head):
+            if now != before and name in fixed and self.command == "fit":
                 raise UserError(
-                    f"{name} is {before} in the checkpoint and cannot be changed to {now}: its "
-                    "weights, state or scores would not fit\ntrain a new model to change it"
+                    f"{name} is {before} in the checkpoint and cannot be changed to {now}: scores "
+                    "would not be comparable\ntrain a new model to change it"
                 )
             if now != before:
                 changes.append(f"{flag} {before} -> {now}")
@@ -446,10 +444,11 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
                 "not support\nuse the version that wrote it"
             )
     recorded = data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS
+    for key in ("corpus", "val_corpus"):  # stored at a different path on a different machine
+        stored, name = data.get(key), data.get(f"{key}_name")
+        if isinstance(stored, str) and isinstance(name, str) and not os.path.exists(stored):
+            data = {**data, key: name}
     val_corpus = data.get("val_corpus") if data.keys() >= VAL_RECORD else None
-    stored, name = data.get("corpus"), data.get("corpus_name")
-    if isinstance(stored, str) and isinstance(name, str) and not os.path.exists(stored):
-        data = {**data, "corpus": name}  # on a different machine
     data = {name: data[name] for name in DATA_SETTINGS if name in data}
     data |= {"block_size": model.get("block_size", 0), "val_corpus": val_corpus}
     if not recorded:  # nothing says that this text is the one that was trained on

@@ -133,8 +133,9 @@ class CharDataModule(LightningDataModule):
         self.prepare_data()
         digests = [self.corpus.digest, self.val_corpus.digest]
         if self.trainer and self.trainer.strategy.broadcast(digests) != digests:
-            path = self.corpus.source.path
-            raise UserError(f"{path} differs between machines\ncopy it to all of them again")
+            paths = {str(self.corpus.source.path), str(self.val_corpus.source.path)}
+            names = " or ".join(sorted(paths))
+            raise UserError(f"{names} differs between machines\ncopy it to all of them again")
         record: dict[str, Any] = dict(train_characters=len(self.train_tokens))
         for name in ("corpus", "val_corpus") if self.hparams["val_corpus"] else ("corpus",):
             source, _, _, digest = getattr(self, name)

@@ -368,13 +368,16 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
 
 def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
     """Refuse a checkpoint of a different network or optimizer, also if its weights would fit."""
-    for name in (*WEIGHT_SETTINGS, "optimizer"):
+    for name in (*WEIGHT_SETTINGS, "optimizer", "second_target"):
         before, now = saved.get(name), getattr(config, name)
+        same = before == now
+        if name == "second_target":  # the weight may change, but the second head is there or not
+            same = bool(before) == bool(now)
         longer = name == "block_size" and config.position == "rotary"  # no weight depends on it
-        if name in saved and before != now and not longer:
+        if name in saved and not (same or longer):
             raise UserError(
-                f"{name} is {before} in the checkpoint, but {now} in the GPTModule\n"
-                "create it with the settings of the checkpoint, or train a new model"
+                f"{name} is {before} in the checkpoint and cannot be changed to {now}: its weights "
+                "or optimizer state would not fit\ntrain a new model to change it"
             )
 
 
