@@ -7,9 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, fields
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from chargpt.checkpoints import (
     WEIGHT_SETTINGS,
     build_network,
     find_checkpoints,
-    new_run,
     read_checkpoint,
     resolve_checkpoint,
     run_of,
@@ -37,7 +35,7 @@ from chargpt.data.texts import NAMED_TEXTS
 from chargpt.model import GPT, UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
 from chargpt.training.checkpointing import SIGNALS, RunCheckpoint, check_resumable
-from chargpt.training.module import check_same_model
+from chargpt.training.module import callbacks_of, check_same_model
 from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
 from chargpt.vocabulary import Vocabulary
 
@@ -51,8 +49,9 @@ LINKS = {  # given once, for all that need it
 # What a checkpoint records of its texts.
 TEXT_RECORD = {"corpus_bytes", "corpus_digest", "train_characters"}
 VAL_RECORD = TEXT_RECORD | {"val_corpus_bytes", "val_corpus_digest"}
+SPLIT_SETTINGS = ("val_corpus", "val_fraction", "test_fraction")
 # The settings of the data that a checkpoint restores; folders and workers are the user's.
-DATA_SETTINGS = ("corpus", "block_size", "batch_size", "val_fraction", "test_fraction", "order")
+DATA_SETTINGS = (*SPLIT_SETTINGS, "corpus", "block_size", "batch_size", "order")
 
 
 def run(command: str, args: list[str]) -> None:
@@ -60,9 +59,10 @@ def run(command: str, args: list[str]) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # they log their tables
-    cli = None
+    folder = "the run folder"
     try:
         cli = TrainingCLI(command, args)
+        folder = cli.trainer.default_root_dir
         keep_freed_memory()
         with redirect_stdout(sys.stderr):  # standard output is for results only
             cli.run()
@@ -74,9 +74,8 @@ def run(command: str, args: list[str]) -> None:
     except UserError:
         raise
     except Exception as error:
-        if message := plain_message(error):
-            saved = cli and cli.run_checkpoint and cli.run_checkpoint.folder
-            fail(message.replace("the run folder", str(saved or "the run folder")))
+        if message := plain_message(error, folder):
+            fail(message)
         raise
     if command != "fit" and cli.trainer.is_global_zero:
         for name, value in cli.trainer.callback_metrics.items():
@@ -84,21 +83,25 @@ def run(command: str, args: list[str]) -> None:
         cli.print_score()
 
 
-def plain_message(error: BaseException | None) -> str | None:
+PLAIN_MESSAGES = {  # of errors of libraries that users cause, by a part of theirs
+    "gpu backend": "no GPU is available here\nuse --config cpu, or --trainer.accelerator cpu",
+    "C++ compiler": "compile needs a C++ compiler, and none was found\ninstall one, or turn it off",
+    "Connection closed by peer": "another process of this run has stopped; its message says why",
+}
+
+
+def plain_message(error: BaseException | None, folder: str) -> str | None:
     """A message for errors of libraries that users cause, some of them wrapped; None for others."""
     while error is not None:
         message = str(error)
-        if "gpu backend" in message:
-            return "no GPU is available here\nuse --config cpu, or --trainer.accelerator cpu"
-        if "C++ compiler" in message:
-            return "compile needs a C++ compiler, and none was found\ninstall one, or turn it off"
-        if "Connection closed by peer" in message:  # gloo's, when another process has failed
-            return "another process of this run has stopped; its message says why"
+        for part, plain in PLAIN_MESSAGES.items():
+            if part in message:
+                return plain
         if "can't allocate memory" in message or isinstance(error, torch.OutOfMemoryError):
             return f"out of memory: {message.rpartition('allocate memory')[2].strip(' :')}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return (
-                f"cannot write to the run folder: {error.strerror}\nits checkpoints are "
+                f"cannot write to {folder}: {error.strerror}\nits checkpoints are "
                 "intact; make room, then repeat the command with --ckpt_path last"
             )
         if isinstance(error, (MisconfigurationException, ModuleNotFoundError)) or (
@@ -125,7 +128,6 @@ class TrainingCLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}
         self.initial: tuple[GPT, Vocabulary] | None = None  # what a new run starts with
         self.args: list[str] = []
-        self.run_checkpoint: RunCheckpoint | None = None
         super().__init__(
             GPTModule,
             CharDataModule,
@@ -165,14 +167,6 @@ class TrainingCLI(LightningCLI):
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
 
-    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--seed_everything",
-            type=int,
-            default=self.seed_everything_default,
-            help="Seed of the weights, of the sequences in each batch, and of dropout.",
-        )
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.args = args = find_configs(args)
         self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
@@ -180,12 +174,12 @@ class TrainingCLI(LightningCLI):
         if self.checkpoint_path:
             restored = self.restore(self.checkpoint_path)
             self.config = parse_or_exit(parser, lambda: parser.parse_args(args))
-            self.config.ckpt_path = str(self.checkpoint_path)
             if self.command == "fit" and self.config.init_from:
                 self.use_network(self.checkpoint["hyper_parameters"], self.checkpoint_path)
             self.check_changes(restored)
         elif self.command == "fit" and self.config.init_from:
             self.initialize_from(resolve_checkpoint(self.config.init_from, self.root))
+        self.config.ckpt_path = None  # a command that uses config.yaml starts a new run
         for target, source in LINKS.items():
             if self.is_given(target):
                 fail(f"{target} cannot be set\nset {source}, which it follows", status=2)
@@ -193,10 +187,9 @@ class TrainingCLI(LightningCLI):
             raise UserError(
                 f"seed_everything is {self.config.seed_everything}; it must be from 0 to 2**32 - 1"
             )
-        if self.command != "fit":
-            limit = "limit_val_batches" if self.command == "validate" else "limit_test_batches"
-            if self.config.trainer[limit] == 0:
-                raise UserError(f"trainer.{limit} is 0: nothing would be scored; increase it")
+        limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}.get(self.command)
+        if limit and self.config.trainer[limit] == 0:
+            raise UserError(f"trainer.{limit} is 0: nothing would be scored; increase it")
 
     # ---- the checkpoint that is resumed or evaluated, or that a new run starts from ----
 
@@ -257,24 +250,23 @@ class TrainingCLI(LightningCLI):
         print_changes(changes)
 
     def check_changes(self, restored: dict[str, Any]) -> None:
-        """Refuse settings of a different network, and print all others that differ."""
+        """Refuse settings of a different network or validation; print all others that differ."""
         model = TrainingConfig(**self.config.model.as_dict())
         check_same_model(self.checkpoint["hyper_parameters"], model)
-        fixed = {"val_corpus", "val_fraction", "test_fraction", "limit_val_batches"}
+        if self.command != "fit":
+            return
         changes = []
         for flag, before in restored.items():
             now, name = self.config[flag], flag.partition(".")[2]
-            if name in ("corpus", "val_corpus") and now and before:
-                continue  # its path may differ, the text may not
-            if now != before and name in fixed and self.command == "fit":
+            if now == before or (name in ("corpus", "val_corpus") and now and before):
+                continue  # the path of a text may differ, the text may not
+            if name in (*SPLIT_SETTINGS, "limit_val_batches"):
                 raise UserError(
                     f"{name} is {before} in the checkpoint and cannot be changed to {now}: scores "
                     "would not be comparable\ntrain a new model to change it"
                 )
-            if now != before:
-                changes.append(f"{flag} {before} -> {now}")
-        if self.command == "fit":
-            print_changes(changes)
+            changes.append(f"{flag} {before} -> {now}")
+        print_changes(changes)
 
     def check_sequences(self) -> None:
         """Refuse to resume with a different number of sequences per step unless asked for."""
@@ -299,43 +291,21 @@ class TrainingCLI(LightningCLI):
 
     # ---- objects ----
 
-    def instantiate_classes(self) -> None:
-        """Choose the run folder and create everything."""
-        trainer = self.config.trainer
-        discarded = (
-            trainer.fast_dev_run or trainer.barebones or trainer.enable_checkpointing is False
-        )
-        if self.command != "fit":
-            self.run_checkpoint = RunCheckpoint(None)  # saves nothing but in fit
-        elif not discarded:
-            self.run_checkpoint = RunCheckpoint(None)  # other ranks ask rank 0 for the folder
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                folder = self.checkpoint_path and run_of(self.checkpoint_path)
-                folder = folder or new_run(self.root)
-                self.run_checkpoint = RunCheckpoint(folder)
-                self.run_checkpoint.acquire_lock()  # before loggers write to the folder
-        try:
-            super().instantiate_classes()
-            self.model.initial = self.initial
-            if self.checkpoint:
-                self.set_trained_text()
-        except BaseException:
-            self.release()
-            raise
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        settings = {**self.config_init.trainer, **kwargs}
-        callbacks = as_list(settings.pop("callbacks"))
-        if self.run_checkpoint:
-            callbacks.append(self.run_checkpoint)
-        if self.command != "fit":  # leaves nothing behind
-            settings["logger"] = False
-        elif self.run_checkpoint:
-            config = self.config.clone()
-            config.ckpt_path = None  # a command that uses config.yaml starts a new run
-            callbacks.append(ConfigFile(self.parser, config, self.run_checkpoint))
+        """A Trainer of the run that the checkpoint belongs to, or else of a new one."""
+        self.model.initial = self.initial
+        callbacks = as_list(self.config_init.trainer.callbacks)
+        if self.command != "fit":
+            callbacks.append(RunCheckpoint(None))  # an evaluation leaves nothing behind
+            kwargs["logger"] = False
+        else:
+            callbacks.append(ConfigFile(self.parser, self.config))
+            if folder := self.checkpoint_path and run_of(self.checkpoint_path):
+                callbacks.append(RunCheckpoint(folder))
+        if self.checkpoint:
+            self.set_trained_text()
         try:
-            return make_trainer(callbacks=callbacks, **settings)
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (TypeError, ValueError) as error:  # Lightning's message for invalid settings
             raise UserError(str(error)) from error
 
@@ -357,28 +327,23 @@ class TrainingCLI(LightningCLI):
                 "choose one with --data.corpus"
             )
 
-    def release(self) -> None:
-        if self.run_checkpoint:
-            self.run_checkpoint.release()
-
     def run(self) -> None:
         """Run the command."""
         is_fit, step = self.command == "fit", self.checkpoint.get("global_step", 0)
+        quiet = {} if is_fit else {"verbose": False}  # the function `run` prints the scores
         try:
             if is_fit and self.checkpoint:
-                check_resumable(self.trainer, self.checkpoint)
+                check_resumable(self.trainer, self.checkpoint)  # before loggers write to its run
                 self.check_sequences()
             elif not is_fit:
                 rank_zero_print(f"checkpoint {self.checkpoint_path}")
             self.checkpoint.clear()  # the Trainer reads it again
+            end_all_processes_on_signals(self.trainer)
             method = getattr(self.trainer, self.command)
-            quiet = {} if is_fit else {"verbose": False}  # `run` prints the scores
-            with ended_by_signals(self.trainer):
-                method(
-                    self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet
-                )
+            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, **quiet)
         finally:
-            self.release()
+            for run in callbacks_of(self.trainer, RunCheckpoint):
+                run.release()
         if is_fit and self.checkpoint_path and self.trainer.global_step == step:
             rank_zero_print(
                 f"nothing to do: step {step} is the last within trainer.max_steps or max_time\n"
@@ -399,61 +364,52 @@ class TrainingCLI(LightningCLI):
         )
 
 
-@contextmanager
-def ended_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Let signals end all processes of a run, until RunCheckpoint handles them in training.
-
-    By default they would end this process, and leave those that Lightning has started.
-    """
+def end_all_processes_on_signals(trainer: Trainer) -> None:
+    """Until RunCheckpoint handles signals: they would end this process only, not other ranks."""
 
     def end(signum: int, frame: Any) -> None:
         if trainer.strategy.launcher:
             trainer.strategy.launcher.kill(signal.Signals(signum))
         raise SystemExit(128 + signum)
 
-    signals = [signum for signum in SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
-    for signum in signals:
-        signal.signal(signum, end)
-    try:
-        yield
-    finally:
-        for signum in signals:
-            signal.signal(signum, signal.SIG_DFL)
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            signal.signal(signum, end)
 
 
 class ConfigFile(Callback):
     """Writes config.yaml to the run folder, for people and for --config."""
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, run: RunCheckpoint) -> None:
-        self.parser, self.config, self.run = parser, config, run
+    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
+        self.parser, self.config = parser, config
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and self.run.folder:
-            path = self.run.folder / "config.yaml"
+        if trainer.is_global_zero and callbacks_of(trainer, RunCheckpoint):
+            path = Path(trainer.default_root_dir, "config.yaml")
             self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
 
 def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool) -> dict[str, Any]:
     """The settings in a checkpoint by flag, each checked: the file may be a stranger's."""
-    model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
-    known = {field.name for field in fields(TrainingConfig)}
-    for name in model:
-        if name not in known:
-            raise UserError(
-                f"{path} has the setting {str(name)[:80]!r}, which this version of chargpt does "
-                "not support\nuse the version that wrote it"
-            )
-    recorded = data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS
+    model, data = checkpoint["hyper_parameters"], dict(checkpoint["datamodule_hyper_parameters"])
+    try:
+        config = TrainingConfig(**model)
+    except TypeError as error:
+        reason = str(error).partition(" got an ")[2]
+        raise UserError(
+            f"{path} has a setting that this version of chargpt does not support: {reason}\n"
+            "use the version that wrote it"
+        ) from error
     for key in ("corpus", "val_corpus"):  # stored at a different path on a different machine
         stored, name = data.get(key), data.get(f"{key}_name")
         if isinstance(stored, str) and isinstance(name, str) and not os.path.exists(stored):
-            data = {**data, key: name}
-    val_corpus = data.get("val_corpus") if data.keys() >= VAL_RECORD else None
+            data[key] = name
+    if not (data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS):
+        data.pop("corpus", None)  # nothing says that it is the text that was trained on
+    if not data.keys() >= VAL_RECORD:
+        data["val_corpus"] = None
     data = {name: data[name] for name in DATA_SETTINGS if name in data}
-    data |= {"block_size": model.get("block_size", 0), "val_corpus": val_corpus}
-    if not recorded:  # nothing says that this text is the one that was trained on
-        data.pop("corpus", None)
-    config = TrainingConfig(**model)
+    data["block_size"] = config.block_size
     CharDataModule(**data)
     settings = {f"model.{name}": model[name] for name in model if f"model.{name}" not in LINKS}
     settings |= {f"data.{name}": value for name, value in data.items()}

@@ -8,14 +8,13 @@ of the step: which sequences are read (`data/datasets.py`), dropout and the lear
 
 import inspect
 import math
-import re
 import shutil
 import signal
 import threading
 import time
 import warnings
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -24,11 +23,9 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from chargpt.checkpoint_file import (
-    check_weights,
-    read_tensors_and_plain_values,
-)
+from chargpt.checkpoint_file import check_weights, read_tensors_and_plain_values
 from chargpt.checkpoints import BEST, FOLDER, LAST, read_checkpoint, write_checkpoint
 from chargpt.model import UserError
 
@@ -40,10 +37,7 @@ SIGNALS = [
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and reads tensors and plain values only.
-
-    Lightning's own moves a file from the system's temporary folder, which may leave a partial file.
-    """
+    """Writes checkpoints atomically, and reads tensors and plain values only."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -57,9 +51,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Validation(NamedTuple):
-    """What a validation has measured, and of which weights."""
+    """The result of a validation."""
 
-    step: int
+    step: int  # of the weights
     context: int  # length of the sequences
     loss: float
 
@@ -73,7 +67,7 @@ class RunCheckpoint(Checkpoint):
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only set a flag. All ranks stop after the same optimizer
     step, or after the validation that is due then, with status 128 plus the signal's number. A
-    second Ctrl-C stops at once, with the checkpoint written before.
+    second Ctrl-C stops at once, without saving; the previous checkpoint remains.
 
     Args:
         folder: of the run, on rank 0; the other ranks ask rank 0 for it.
@@ -90,7 +84,7 @@ class RunCheckpoint(Checkpoint):
         self.saved_step: int | None = None
         self.validated_batch: int | None = None  # after which the last validation was
         self.best: Validation | None = None  # of best.ckpt
-        self.restored_loss: float | None = None  # of the weights of a checkpoint
+        self.restored: Validation | None = None  # of the weights of the checkpoint that is resumed
 
     def path(self, name: str) -> Path:
         return Path(self.folder or ".", FOLDER, name)
@@ -106,25 +100,27 @@ class RunCheckpoint(Checkpoint):
             self.acquire_lock()
             if self.path(BEST).is_file():
                 try:
-                    self.best = best_of(read_checkpoint(self.path(BEST)))
+                    self.best = validation_in(read_checkpoint(self.path(BEST)))
                 except UserError as error:
-                    warnings.warn(f"{error}: the next validation replaces it", stacklevel=2)
+                    reason = str(error).splitlines()[0]
+                    warnings.warn(f"{reason}; the next validation replaces it", stacklevel=2)
 
+    @rank_zero_only
     def acquire_lock(self) -> None:
-        """One process trains in a folder; the system releases the lock of a killed one."""
+        """Only one process may train in a folder. If it is killed, the system unlocks it."""
         if self.lock or not self.folder:
             return
         self.path(LAST).parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        with suppress(OSError):  # a file system without locks
-            try:
-                lock.acquire(timeout=0)
-                self.lock = lock
-            except Timeout:
-                raise UserError(
-                    f"another process is training in {self.folder}\n"
-                    "wait until it has ended, or start a new run, without --ckpt_path"
-                ) from None
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}\n"
+                "wait until it has ended, or start a new run, without --ckpt_path"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         for partial in self.path(LAST).parent.glob(".*.tmp"):  # of a process that was killed
             partial.unlink(missing_ok=True)
 
@@ -151,8 +147,8 @@ class RunCheckpoint(Checkpoint):
         # Lightning notes a SIGTERM that arrives during setup, and restores the handlers at the end.
         self.received = signal.SIGTERM if trainer.received_sigterm else 0
         self.should_stop, self.validated_batch = False, None
-        if self.restored_loss is not None:  # for schedulers that follow it
-            trainer.callback_metrics["val_loss"] = torch.tensor(self.restored_loss)
+        if self.restored:  # for schedulers that follow the loss
+            trainer.callback_metrics["val_loss"] = torch.tensor(self.restored.loss)
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -160,11 +156,10 @@ class RunCheckpoint(Checkpoint):
 
     def receive(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
-        # A second Ctrl-C; but torchrun passes on one that this process has already received.
-        if self.received and signum == signal.SIGINT and now - self.received_at > 1:
-            raise KeyboardInterrupt
         if not self.received:
             self.received_at = now
+        elif signum == signal.SIGINT and now - self.received_at > 1:
+            raise KeyboardInterrupt  # a second Ctrl-C, not the first, passed on by torchrun
         self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -251,7 +246,7 @@ class RunCheckpoint(Checkpoint):
         check_resumable(trainer, checkpoint)
         check_weights(checkpoint.get("current_model_state") or {}, "the checkpoint")
         self.saved_step = checkpoint["global_step"]
-        self.restored_loss = loss_of(checkpoint)
+        self.restored = validation_in(checkpoint)
         adapt_callback_states(trainer, checkpoint)
 
 
@@ -270,18 +265,11 @@ def validation_of(trainer: Trainer, module: Any) -> Validation:
     return Validation(trainer.global_step, module.context, loss)
 
 
-def best_of(checkpoint: dict[str, Any]) -> Validation | None:
-    """The validation of a checkpoint's weights."""
-    loss, context = loss_of(checkpoint), checkpoint["chargpt"].get("context")
-    if loss is None or type(context) is not int:
-        return None
-    return Validation(checkpoint["global_step"], context, loss)
-
-
-def loss_of(checkpoint: dict[str, Any]) -> float | None:
-    """The validation loss of a checkpoint's weights, if they have been validated."""
-    loss = checkpoint["chargpt"].get("val_loss")
-    return loss if type(loss) is float and math.isfinite(loss) else None
+def validation_in(checkpoint: dict[str, Any]) -> Validation | None:
+    """The validation of a checkpoint's weights, if there was one."""
+    loss, context = (checkpoint["chargpt"].get(name) for name in ("val_loss", "context"))
+    valid = type(loss) is float and math.isfinite(loss) and type(context) is int
+    return Validation(checkpoint["global_step"], context, loss) if valid else None
 
 
 def sequences_per_step(trainer: Trainer) -> int:
@@ -291,11 +279,7 @@ def sequences_per_step(trainer: Trainer) -> int:
 
 
 def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint that this Trainer would not resume exactly.
-
-    Raises:
-        UserError: why.
-    """
+    """Raise a UserError for a checkpoint that this Trainer would not resume exactly."""
     parts = [checkpoint.get(name) for name in ("callbacks", "loops", "optimizer_states")]
     has_state = parts[0] is not None and "fit_loop" in (parts[1] or ()) and len(parts[2] or ()) == 1
     if not (has_state and checkpoint["chargpt"].get("resumable")):
@@ -343,7 +327,7 @@ def localize_paths(state: dict[str, Any], folder: str) -> None:
     """Replace the paths in a ModelCheckpoint's state by files of the same name in its folder."""
 
     def local(path: Any) -> str:
-        name = re.split(r"[\\/]", str(path))[-1]
+        name = PureWindowsPath(str(path)).name  # after the last slash or backslash
         own = name.endswith(".ckpt") and name.lower() not in (LAST, BEST)
         return str(Path(folder, name)) if own else ""
 

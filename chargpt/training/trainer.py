@@ -67,45 +67,43 @@ def make_trainer(
     check_limits(settings | {"max_time": seconds})
     callbacks, plugins = as_list(callbacks), as_list(plugins)
     root = Path(default_root_dir or ".").absolute()
-    run = run_checkpoint(callbacks, settings, root)
+    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
+    shows = not settings.get("barebones")
+    if settings.get("enable_checkpointing") is False or settings.get("fast_dev_run") or not shows:
+        callbacks = [callback for callback in callbacks if callback is not run]
+        run = None
+    elif run is None:  # ranks other than 0 ask it for the folder
+        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
+        callbacks.append(run)
+    if SLURMEnvironment.detect():
+        root = root / LOGS  # Lightning would resume from any hpc_ckpt_N.ckpt in the root
+        if not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoint handles signals
     if run:
         run.settings = {name: settings.get(name) for name in RUN_SETTINGS}
         run.settings["max_time"] = None if seconds is None else round(seconds)
-
-    if SLURMEnvironment.detect():  # Lightning would resume from any hpc_ckpt_N.ckpt in the root
-        root = root / LOGS
     if run and run.folder:
+        run.acquire_lock()  # before loggers write to the folder
         root = run.folder
         keep_names_apart(callbacks, root / FOLDER)
         if logger in (None, True):
             logger = TensorBoardLogger(root.parent, "", root.name, default_hp_metric=False)
-
-    if not settings.get("barebones"):
+    if shows:
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if settings.get("enable_progress_bar") is not False and not has_bar:
             callbacks.append(StepProgressBar())
         callbacks += [RunReport(run, show_samples), Throughput()]
-    if SLURMEnvironment.detect() and not any(isinstance(p, SLURMEnvironment) for p in plugins):
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoint handles its signals
-    plugins.append(AtomicCheckpointIO())
-
     if limit_train_batches is not None:  # a new loader starts at the next step
         settings["reload_dataloaders_every_n_epochs"] = 1
     settings["val_check_interval"] *= settings["accumulate_grad_batches"]  # Lightning's are batches
+    plugins.append(AtomicCheckpointIO())
     settings |= dict(callbacks=callbacks, logger=logger, plugins=plugins, default_root_dir=root)
-    return Trainer(**settings)
-
-
-def run_checkpoint(
-    callbacks: list[Callback], settings: dict[str, Any], root: Path
-) -> RunCheckpoint | None:
-    """The RunCheckpoint among the callbacks, or else a new one, unless nothing is to be saved."""
-    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
-    saves = settings.get("enable_checkpointing") is not False
-    if run is None and saves and not settings.get("barebones") and not settings.get("fast_dev_run"):
-        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
-        callbacks.append(run)
-    return run
+    try:
+        return Trainer(**settings)
+    except BaseException:
+        if run:
+            run.release()
+        raise
 
 
 def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
