@@ -1,9 +1,11 @@
 """Results of the lesson's exercises (chargpt/README.md): change the textbook, train, compare.
 
     python tests/benchmarks/exercises.py path/to/input.txt           # 10 to 15 minutes on two cores
-    python tests/benchmarks/exercises.py path/to/input.txt --only 4 5
+    python tests/benchmarks/exercises.py path/to/input.txt --only 4 5 --steps 500
+    python tests/benchmarks/exercises.py path/to/input.txt --only 0  # seconds
 
-Exercises 2 and 8 are in ladder.py, exercise 10 in generate.py.
+0 prints the numbers of the section on residual connections. Exercises 2 and 8 are in ladder.py,
+exercise 10 in generate.py.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from ladder import Text, whole_split_loss
+from ladder import Rung, Text, whole_split_loss
 from torch import Tensor
 
 from chargpt import textbook
@@ -23,13 +25,49 @@ from chargpt.explain import all_heads
 from chargpt.textbook import BigramLangModel, Head
 
 
+def untrained(text: Text) -> BigramLangModel:
+    torch.manual_seed(1337)
+    return BigramLangModel(len(text.itos), **textbook.SMALL)
+
+
 def train(text: Text, **changes: float) -> tuple[BigramLangModel, float]:
     """Train the small textbook network; returns it with its loss on the whole validation split."""
-    torch.manual_seed(1337)
-    model = BigramLangModel(len(text.itos), **textbook.SMALL)
+    model = untrained(text)
     data = {"train": text.train, "val": text.val}
     textbook.train(model, data, **textbook.SMALL_TRAINING | changes)
     return model, whole_split_loss(model, text.val)
+
+
+def residuals(text: Text, with_them: bool) -> None:
+    """What reaches the last block from the last character, and the embeddings from the loss."""
+    label = "with residuals" if with_them else "without residuals"
+    torch.manual_seed(1)
+    idx, _ = textbook.get_batch(text.val, textbook.SMALL["block_size"], batch_size=64)
+    other = idx.clone()
+    other[:, -1] = (other[:, -1] + 1) % len(text.itos)
+    for layers in (1, 2, 3):
+        torch.manual_seed(1)
+        model = Rung("", residuals=with_them, layers=layers).build(len(text.itos))
+        with torch.no_grad():
+            a, b = (model.norm(last_stream(model, ids)[:, -1]) for ids in (idx, other))
+        change = ((a - b).norm(dim=-1) / a.norm(dim=-1)).mean()
+        print(f"0. {label}, blocks {layers}: another last character changes it by {change:.4f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=textbook.SMALL_TRAINING["lr"])
+    for _ in range(16):
+        loss = model(*textbook.get_batch(text.train, model.block_size, batch_size=16))[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = {f"block {i}": b.feed_forward.expansion.weight for i, b in enumerate(model.blocks, 1)}
+    weights["embeddings"] = model.token_embedding.weight
+    norms = ", ".join(f"{name} {weight.grad.norm():.1e}" for name, weight in weights.items())
+    print(f"0. {label}, 3 blocks, gradient after 15 steps: {norms}")
+
+
+def last_stream(model: BigramLangModel, idx: Tensor) -> Tensor:
+    """The residual stream after the last block, (B, T, C)."""
+    x = model.token_embedding(idx) + model.position_embedding.weight[: idx.size(1)]
+    return model.blocks(x)
 
 
 def temperature(model: BigramLangModel, text: Text) -> None:
@@ -59,17 +97,14 @@ def without_root(head: Head, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def largest_weights(text: Text) -> None:
-    """Mean largest attention weight of the untrained network, in rows of the second half."""
-    torch.manual_seed(1337)
-    model = BigramLangModel(len(text.itos), **textbook.SMALL)
+def largest_weights(model: BigramLangModel, text: Text) -> str:
+    """Summary of the largest attention weight of each row, in rows of the second half."""
+    torch.manual_seed(1)
     idx, _ = textbook.get_batch(text.val, model.block_size, batch_size=64)
-    for name, weights in (("with", Head.weights), ("without", without_root)):
-        rows = [
-            weights(head, x)[:, model.block_size // 2 :] for _, head, x in all_heads(model, idx)
-        ]
-        mean = torch.stack(rows).amax(dim=-1).mean()
-        print(f"4. largest weight {name} the square root, before training: {mean:.2f}")
+    rows = [head.weights(x)[:, model.block_size // 2 :] for _, head, x in all_heads(model, idx)]
+    largest = torch.stack(rows).amax(dim=-1)
+    above = (largest > 0.9).float().mean()
+    return f"largest weight of a row {largest.mean():.2f} on average, above 0.9 in {above:.1%}"
 
 
 def without_mask(head: Head, x: Tensor) -> Tensor:
@@ -133,9 +168,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("text", type=Path)
-    parser.add_argument("--only", nargs="+", type=int, default=[1, 3, 4, 5, 6, 7, 9])
+    parser.add_argument("--only", nargs="+", type=int, default=[0, 1, 3, 4, 5, 6, 7, 9])
+    parser.add_argument("--steps", type=int, default=textbook.SMALL_TRAINING["epochs"])
     options = parser.parse_args()
     text, only = Text.of(textbook.read_text(options.text)), options.only
+    steps = dict(epochs=options.steps)
     changes = {
         3: (
             "a tenth of the learning rate",
@@ -146,14 +183,18 @@ def main() -> None:
         5: ("no mask", without_mask, {}),
         9: ("rotary positions", rotary, {}),
     }
-    if {1, 6, 7} & set(only):
-        model, loss = train(text)
+    if 0 in only:
+        for with_them in (True, False):
+            residuals(text, with_them)
+    if {1, 4, 6, 7} & set(only):
+        model, loss = train(text, **steps)
         print(f"the unchanged textbook: {loss:.3f}")
+        if 4 in only:
+            print(f"4. before training: {largest_weights(untrained(text), text)}")
+            print(f"4. after training: {largest_weights(model, text)}")
         for number, measure in ((1, temperature), (6, by_position), (7, without_each_head)):
             if number in only:
                 measure(model, text)
-    if 4 in only:
-        largest_weights(text)
     for number in sorted(changes.keys() & set(only)):
         name, weights, sizes = changes[number]
         forward = without_positions if number == 9 else BigramLangModel.forward
@@ -161,7 +202,12 @@ def main() -> None:
             patch.object(Head, "weights", weights),
             patch.object(BigramLangModel, "forward", forward),
         ):
-            print(f"{number}. {name}: {train(text, **sizes)[1]:.3f}", flush=True)
+            if number == 4:
+                print(f"4. {name}, before training: {largest_weights(untrained(text), text)}")
+            model, loss = train(text, **steps, **sizes)
+            print(f"{number}. {name}: {loss:.3f}", flush=True)
+            if number == 4:
+                print(f"4. {name}, after training: {largest_weights(model, text)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/ladder.py path/to/input.txt --csv ladder.csv --plot ladder.png
     python tests/benchmarks/ladder.py path/to/input.txt --steps 500 --only "without attention"
+    python tests/benchmarks/ladder.py path/to/input.txt --lr 1e-2 --only "+ 3 layers" "without norms"
 
 It starts with tables of counts. Each model after that is the small network of chargpt/textbook.py
 without the parts that are added later; all train for the same number of steps on the same batches.
@@ -171,13 +172,15 @@ def counting(name: str, text: Text, order: int, seed: int) -> Result:
     return Result(name, table.numel(), loss, seconds, a_line(textbook.decode(ids, text.itos)))
 
 
-def train(rung: Rung, text: Text, steps: int, seed: int) -> tuple[Result, BigramLangModel]:
+def train(
+    rung: Rung, text: Text, steps: int, lr: float, seed: int
+) -> tuple[Result, BigramLangModel]:
     data = {"train": text.train[: int(rung.fraction * len(text.train))], "val": text.val}
     torch.manual_seed(seed)
     model = rung.build(len(text.itos))
     torch.manual_seed(seed)  # the same batches for all, however many weights were initialized
     start = time.perf_counter()
-    changes = dict(epochs=steps, eval_interval=steps + 1, eval_characters=1)
+    changes = dict(epochs=steps, lr=lr, eval_interval=steps + 1, eval_characters=1)
     with contextlib.redirect_stdout(sys.stderr):
         textbook.train(model, data, **textbook.SMALL_TRAINING | changes)
     seconds = time.perf_counter() - start
@@ -236,7 +239,7 @@ def results(options: argparse.Namespace) -> Iterator[Result]:
     for rung in RUNGS:
         if not selected(rung.name, options.only):
             continue
-        result, model = train(rung, text, options.steps, options.seed)
+        result, model = train(rung, text, options.steps, options.lr, options.seed)
         yield result
         if rung.name.endswith("the textbook"):
             for block in model.blocks:
@@ -277,6 +280,7 @@ def main() -> None:
     )
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=textbook.SMALL_TRAINING["epochs"])
+    parser.add_argument("--lr", type=float, default=textbook.SMALL_TRAINING["lr"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--only", nargs="+", default=[], help="models whose names contain one of these"
