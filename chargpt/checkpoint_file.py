@@ -7,6 +7,7 @@ can contain by its size.
 
 import math
 import pickletools
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,23 +21,21 @@ from chargpt.model import UserError
 MAX_PICKLE_BYTES = 4 << 20  # of all but the tensors' data; about 140 bytes per tensor
 MAX_TUPLES = 40_000  # three per tensor; hashing one that is nested deeper overflows the C stack
 MAX_DEPTH = 20  # of nested collections; Lightning's loops need 8
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 
 
 def read_tensors_and_plain_values(path: Path) -> Any:
     """Load a file written by `torch.save` onto the CPU.
 
-    No code runs, and the content is bounded by the size of the file. The result contains dicts,
-    lists, tuples, strings, numbers, booleans, None, and dense, contiguous tensors.
-
-    Raises:
-        UserError: the file cannot be opened, is damaged, or contains anything else.
+    The result contains dicts, lists, tuples, strings, numbers, booleans, None, and dense,
+    contiguous tensors; a file that is damaged or contains anything else is a UserError.
     """
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            pickle_bytes = check_archive(archive, path.stat().st_size)
+            pickle_bytes = check_archive(archive, size)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check_values(content, max_values=pickle_bytes, max_bytes=2 * path.stat().st_size)
+        check_values(content, max_values=pickle_bytes, max_bytes=2 * size)
         return content
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
@@ -59,9 +58,8 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
     tuples = 0
     for opcode, name, _ in pickletools.genops(archive.read(entry)):
         tuples += opcode.name.startswith("TUPLE")
-        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not (
-            name in GLOBALS or str(name).startswith("torch ") and str(name).endswith("Storage")
-        ):
+        is_global = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
+        if is_global and not re.fullmatch(GLOBALS, str(name)):
             raise UserError(f"contains {name}: only tensors and plain values are read, no code")
     if tuples > MAX_TUPLES:
         raise UserError("contains too many tuples")
@@ -100,24 +98,22 @@ def check_weights(weights: dict[str, Any], source: str | Path) -> None:
 
 
 def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> None:
-    """Raise a UserError unless saved state fits the parameters: fused AdamW crashes otherwise.
+    """Raise a UserError unless an optimizer's `state_dict` fits: fused AdamW crashes otherwise.
 
-    Args:
-        state: an optimizer's `state_dict`: finite tensors of their parameter's shape, and `step`s.
-        groups: the parameters of the optimizer now, by group; saved ones correspond by position.
+    Saved parameters correspond to those of `groups` by position. The state of each must be finite
+    tensors of its shape, and a single `step`.
     """
     try:
-        saved = [list(group["params"]) for group in state["param_groups"]]
-        ids = [id for group in saved for id in group]
-        fits = [len(group) for group in saved] == [len(group) for group in groups]
-        fits = fits and len(set(ids)) == len(ids) and state["state"].keys() <= set(ids)
-        values = [dict(state["state"].get(id, {})) for id in ids]
-    except (TypeError, KeyError, ValueError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError("the optimizer state in the checkpoint is damaged or of other parameters")
-    for parameter, entries in zip((p for group in groups for p in group), values):
-        for name, value in entries.items():
+        parameters: dict[Any, Tensor] = {}  # by the ids that they were saved with
+        for saved, group in zip(state["param_groups"], groups, strict=True):
+            parameters.update(zip(saved["params"], group, strict=True))
+        states = [(parameters[id], dict(values)) for id, values in state["state"].items()]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(
+            "the optimizer state in the checkpoint is damaged or of other parameters"
+        ) from None
+    for parameter, values in states:
+        for name, value in values.items():
             check_finite(value, f"the optimizer's {name}")
             shape = [] if name == "step" else list(parameter.shape)
             if list(value.shape) != shape:

@@ -21,20 +21,11 @@ STAND_INS = dict.fromkeys("‘’′`´", "'") | dict.fromkeys("“”„«»", 
 STAND_INS |= dict.fromkeys("‐‑–—−_", "-") | {"‚": "',", '"': "'", "'": "’", "\t": " ", "\r": "\n"}
 
 
-class UnknownCharacterError(UserError):
-    """A text has characters that are not in the vocabulary; the message says which and where."""
-
-
 @dataclass(unsafe_hash=True)
 class Vocabulary:
-    """Characters to ids and back: an id is an index into the distinct characters of a text.
+    """Characters to ids and back: an id is an index into the distinct characters of a text."""
 
-    Raises:
-        UserError: the characters are not distinct.
-    """
-
-    characters: str
-    """The distinct characters in the order of their ids, all that a checkpoint has to store."""
+    characters: str  # in the order of their ids: all that a checkpoint has to store
 
     def __post_init__(self) -> None:
         self._codes = codes = code_points(self.characters)  # id -> code point
@@ -58,23 +49,14 @@ class Vocabulary:
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text to ids: an array of shape (len(text),) and type `self.dtype`.
-
-        Raises:
-            UnknownCharacterError: `text` has a character that is not in the vocabulary.
-        """
+        """The ids of a text, (len(text),) of `self.dtype`; a UserError names unknown characters."""
         ids = self._ids.take(code_points(text), mode="clip")
         if ids.min(initial=0) == UNKNOWN:
-            raise UnknownCharacterError(self._describe_unknown(text))
+            raise UserError(self._describe_unknown(text))
         return ids.astype(self.dtype)
 
     def decode(self, ids: ArrayLike) -> str:
-        """Decode ids to text: a list, an array or a tensor in one dimension, or a single id.
-
-        Raises:
-            UserError: an id is outside the vocabulary.
-            TypeError: `ids` have a different type or more dimensions.
-        """
+        """The text of ids: a list, an array or a tensor in one dimension, or a single id."""
         ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
         if ids.size == 0:
             return ""
@@ -88,7 +70,7 @@ class Vocabulary:
     def _describe_unknown(self, text: str) -> str:
         """Which characters of a text are unknown, where they are first, and what is similar."""
         known = set(self.characters)
-        unknown = [character for character in dict.fromkeys(text) if character not in known]
+        unknown = [c for c in dict.fromkeys(text) if c not in known]
         named = []
         for c in unknown[:MAX_NAMED]:
             # Candidates: the other letter case, a plain quote or hyphen, the letter without accent.
@@ -96,12 +78,14 @@ class Vocabulary:
             similar = dict.fromkeys([c.swapcase(), *STAND_INS.get(c, ""), bare, bare.swapcase()])
             nearest = " or ".join(repr(s) for s in similar if s in known)
             shown = ascii(c) if unicodedata.combining(c) else repr(c)  # drawn over the quote
-            where = f"{shown} (U+{ord(c):04X}) at position {text.index(c)}"
-            named.append(where + f", nearest known: {nearest}" * bool(nearest))
+            hint = f", nearest known: {nearest}" if nearest else ""
+            named.append(f"{shown} (U+{ord(c):04X}) at position {text.index(c)}{hint}")
         if len(unknown) > MAX_NAMED:
             named.append(f"and {len(unknown) - MAX_NAMED:,} other characters")
-        count = f"(positions count from 0; the vocabulary has {len(self):,} characters)"
-        message = f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} {count}"
+        message = (
+            f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} "
+            f"(positions count from 0; the vocabulary has {len(self):,} characters)"
+        )
         if "\\" in unknown and "\\n" in text:
             message += "\n\\n is not a newline here; write $'\\n' in bash or zsh"
         return message

@@ -25,7 +25,7 @@ from chargpt.inspection import inspect, logit_lens
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import ACTIVATIONS, NORMS
 from chargpt.text_generator import TextGenerator
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary
+from chargpt.vocabulary import Vocabulary
 
 CHARACTERS = "\n !',.abcdefghé‘"
 CHECKPOINT = {
@@ -474,7 +474,7 @@ def test_unknown_characters_are_described_like_in_python(usual):
     ]
     script = "input.map((text) => { try { return vocabulary.encode(text) } catch (error) { return error.message } })"
     for text, found in zip(texts, node(path, script, texts)):
-        with pytest.raises(UnknownCharacterError) as refused:
+        with pytest.raises(UserError) as refused:
             generator.vocabulary.encode(text)
         assert found == str(refused.value)
 
@@ -915,7 +915,7 @@ def test_every_control_has_an_accessible_name(opened):
 def test_errors_are_shown_and_the_field_is_marked_invalid(opened, usual):
     opened.fill("#prompt", "abÉ“")
     opened.click("#write")
-    with pytest.raises(UnknownCharacterError) as refused:
+    with pytest.raises(UserError) as refused:
         usual[1].vocabulary.encode("abÉ“")
     assert opened.text("#problem") == str(refused.value)
     assert opened.element("#prompt").get_attribute("aria-invalid") == "true"

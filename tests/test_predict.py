@@ -15,7 +15,6 @@ from chargpt.cli.predict import run as run_command
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
 from chargpt.text_generator import TextGenerator
-from chargpt.vocabulary import UnknownCharacterError
 
 GENERATOR = make_generator()
 
@@ -205,7 +204,7 @@ def test_invalid_prompts_raise_before_anything_is_written(capsys, tmp_path, monk
     binary.write_bytes(b"abc\xff")
     missing = str(tmp_path / "none.txt")
     for options, error, message in [
-        (dict(prompt="xyz"), UnknownCharacterError, "'x'"),
+        (dict(prompt="xyz"), UserError, "'x'"),
         (dict(prompts=missing), UserError, "cannot read .*none.txt: No such file"),
         (dict(prompts=str(tmp_path)), UserError, "cannot read "),
         (dict(prompts=str(empty)), UserError, "empty.txt is empty"),

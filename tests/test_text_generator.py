@@ -10,7 +10,7 @@ from chargpt.checkpoints import checkpoint_of
 from chargpt.generation import GenerationConfig
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.text_generator import MAX_ROWS, TextGenerator, load
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary
+from chargpt.vocabulary import Vocabulary
 
 CHARACTERS = "\n abcdefé"
 SIZES = dict(block_size=8, n_embd=16, n_head=2, n_layer=2)
@@ -111,7 +111,7 @@ def test_an_empty_prompt_starts_from_a_newline_or_from_the_first_character():
 def test_unknown_characters_raise_before_anything_is_generated():
     generator = make_generator()
     for prompt, stop, name in [("Abc", [], "'A'"), ("abc", ["x"], "'x'")]:
-        with pytest.raises(UnknownCharacterError, match=name):
+        with pytest.raises(UserError, match=name):
             generator.stream(prompt, stop=stop)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chargpt.model import UserError
-from chargpt.vocabulary import UnknownCharacterError, Vocabulary
+from chargpt.vocabulary import Vocabulary
 
 # st.characters() excludes surrogates; a prompt from a terminal may have them
 any_text = st.text(alphabet=st.characters(exclude_categories=()), max_size=200)
@@ -35,7 +35,7 @@ def test_encode_fails_exactly_if_a_character_is_unknown(known, text):
     if not unknown:
         assert len(vocabulary.encode(text)) == len(text)
     else:
-        with pytest.raises(UnknownCharacterError) as error:
+        with pytest.raises(UserError) as error:
             vocabulary.encode(text)
         first = next(character for character in text if character in unknown)
         assert f"(U+{ord(first):04X}) at position {text.index(first)}" in str(error.value)
@@ -84,7 +84,7 @@ def test_a_vocabulary_is_extended_without_moving_ids():
 
 def test_the_error_names_code_point_position_and_similar_characters():
     vocabulary = Vocabulary.from_text("abcdefghijklmnopqrstuvwxyz XYZ'-\n")
-    with pytest.raises(UnknownCharacterError) as error:
+    with pytest.raises(UserError) as error:
         vocabulary.encode("Romé’s 7\ud800 \u0301")
     message = str(error.value)
     assert "'R' (U+0052) at position 0, nearest known: 'r'" in message
@@ -100,17 +100,17 @@ def test_a_newline_that_was_typed_literally_is_explained():
     for known, explained in (("abn", True), ("abn\\", False)):
         try:
             Vocabulary(known).encode(r"a\nbx")
-        except UnknownCharacterError as error:
+        except UserError as error:
             assert (r"\n is not a newline here" in str(error)) == explained
             assert len(str(error).splitlines()) == 1 + explained
-    with pytest.raises(UnknownCharacterError) as error:
+    with pytest.raises(UserError) as error:
         Vocabulary("abn").encode(r"a\b")
     assert "newline" not in str(error.value)
 
 
 def test_the_error_message_for_many_unknown_characters_is_short():
     text = "".join(map(chr, range(0x4E00, 0x5E00))) * 5
-    with pytest.raises(UnknownCharacterError) as error:
+    with pytest.raises(UserError) as error:
         Vocabulary.from_text("abc").encode(text)
     assert "(U+4E00) at position 0; " in str(error.value)
     assert "and 4,086 other characters" in str(error.value)

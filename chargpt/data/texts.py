@@ -39,11 +39,8 @@ class TextSource(NamedTuple):
     name: str  # the named text, or the path as the user gave it
     path: Path  # its file or folder, absolute
     files: list[TextFile]  # in reading order
+    size: int  # bytes of all files
     token_file: Path  # where its ids are stored
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 def resolve_corpus(
@@ -56,9 +53,9 @@ def resolve_corpus(
     except UnavailableError as error:
         if fallback in (None, corpus):
             raise
-        reason, _, advice = str(error).partition("\n")
-        message = f"{corpus} is unavailable, so {fallback} is used instead: {reason}."
-        warnings.warn(f"{message} To use {corpus}, {advice}.", stacklevel=2)
+        reason = str(error).replace("\n", f"; to use {corpus}, ")
+        message = f"{corpus} is unavailable, so {fallback} is used instead: {reason}"
+        warnings.warn(message, stacklevel=2)
         return resolve_corpus(str(fallback), data_dir)
     files = sorted(find_files(path, set()), key=lambda file: Path(file.path).as_posix())
     if not files:
@@ -67,19 +64,19 @@ def resolve_corpus(
     state = hashlib.sha256(json.dumps([FORMAT, files]).encode()).hexdigest()[:16]
     if path == folder / path.parent.name / "input.txt":  # even if it was given as a path
         corpus = path.parent.name
-    return TextSource(corpus, path, files, folder / "tokens" / f"{path.stem[:40]}-{state}.npy")
+    token_file = folder / "tokens" / f"{path.stem[:40]}-{state}.npy"
+    return TextSource(corpus, path, files, sum(file.size for file in files), token_file)
 
 
 def find_text(corpus: str, data_dir: Path) -> Path:
     """The file or folder of a text; a named text is created if it is missing."""
     path, stored = absolute(corpus), data_dir / corpus / "input.txt"
-    if corpus in NAMED_TEXTS:
-        if not stored.exists():
-            data = NAMED_TEXTS[corpus](stored)
-            with atomic_write(stored) as file:
-                file.write(data)
-        return stored
-    path = path if os.path.exists(path) else stored
+    if corpus in NAMED_TEXTS and not stored.exists():
+        data = NAMED_TEXTS[corpus](stored)
+        with atomic_write(stored) as file:
+            file.write(data)
+    if corpus in NAMED_TEXTS or not os.path.exists(path):
+        path = stored
     if not (corpus and os.path.exists(path)):
         names = {*NAMED_TEXTS, *(text.parent.name for text in data_dir.glob("*/input.txt"))}
         raise UserError(
@@ -129,10 +126,8 @@ def download(path: Path, url: str, size: int, sha256: str) -> bytes:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise OSError(f"the {len(data):,} bytes received have the wrong SHA-256")
     except (OSError, http.client.HTTPException) as error:
-        reason = str(error).strip("<>")
-        raise UnavailableError(
-            f"cannot download {url}: {reason}\ndownload it yourself and save it as {path}"
-        ) from error
+        reason = f"cannot download {url}: {str(error).strip('<>')}"
+        raise UnavailableError(f"{reason}\ndownload it yourself and save it as {path}") from error
     return data
 
 

@@ -8,11 +8,9 @@ keeps reading its own. Token files that no run needs may be deleted.
 
 import codecs
 import hashlib
-import io
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -24,7 +22,7 @@ from chargpt.data.texts import TextFile, TextSource
 from chargpt.model import UserError
 from chargpt.vocabulary import Vocabulary, code_points
 
-CHUNK = 1 << 17  # characters
+CHUNK = 1 << 17  # bytes
 
 
 class Corpus(NamedTuple):
@@ -73,9 +71,7 @@ def scan(source: TextSource) -> tuple[Vocabulary, int, str]:
         seen[code_points(text)] = True
     characters = "".join(map(chr, np.flatnonzero(seen)))
     if len(characters) < 2:
-        raise UserError(
-            f"{source.path} has fewer than two different characters\nchoose a different text"
-        )
+        raise UserError(f"{source.path} has fewer than two different characters\nchoose another")
     return Vocabulary(characters), length, digest.hexdigest()
 
 
@@ -92,21 +88,21 @@ def read_text(source: TextSource) -> Iterator[str]:
 
 def read_file(file: TextFile) -> Iterator[str]:
     """The characters of a file in chunks, without a byte order mark; line endings are kept."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with open(file.path, "rb") as data:
-        if data.read(3) == codecs.BOM_UTF8:
-            warnings.warn(f"{file.path}: the byte order mark (BOM) is left out", stacklevel=2)
-        else:
+        if data.read(3) != codecs.BOM_UTF8:
             data.seek(0)
-        stream = io.TextIOWrapper(data, "utf-8", newline="")
-        text = "not at the end"
-        while text:
+        chunk = b"not at the end"
+        while chunk:
+            chunk = data.read(CHUNK)
             try:
-                text = stream.read(CHUNK)
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 offset = data.tell() - len(error.object) + error.start
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset:,}"
-                message = f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
-                raise UserError(message) from error
+                raise UserError(
+                    f"{file.path} is not UTF-8 text: {where}\nsave it as UTF-8"
+                ) from error
             status = os.fstat(data.fileno())  # each time: the file may grow without end
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise UserError(f"{file.path} changed while it was read\nstart again")
