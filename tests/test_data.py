@@ -1,5 +1,6 @@
 """Datasets and the data module: which sequences, in which order, from which text."""
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import make_data, write_text
 from torch.utils.data import DataLoader
 
-from chargpt.data import CharDataModule, TrainedText, token_file
+from chargpt.data import CharDataModule, token_file
 from chargpt.data.datasets import EpochSequences, EvaluationSequences, RandomSequences
 from chargpt.model import UserError
 
@@ -55,9 +56,9 @@ def test_evaluation_predicts_each_character_but_the_first_exactly_once(
 def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_size, seed, k):
     """Several devices together read the batch that one reads; no sequence is in a batch twice."""
     tokens = TOKENS[:500]
-    alone = RandomSequences(tokens, block_size, batch_size * world_size, seed)[k]
+    alone = RandomSequences(tokens, block_size, batch_size * world_size, seed=seed)[k]
     ranks = [
-        RandomSequences(tokens, block_size, batch_size, seed, r, world_size)[k]
+        RandomSequences(tokens, block_size, batch_size, r, world_size, seed=seed)[k]
         for r in range(world_size)
     ]
     assert torch.equal(torch.cat(ranks), alone)
@@ -72,7 +73,7 @@ def test_a_batch_is_a_function_of_seed_and_number(block_size, batch_size, world_
 @given(characters=st.integers(13, 400), block_size=sizes, batch_size=sizes, seed=st.integers(0, 99))
 def test_an_epoch_reads_each_character_once(characters, block_size, batch_size, seed):
     """Except for fewer than two sequences at the ends; each epoch splits the text at different offsets."""
-    sequences = EpochSequences(TOKENS[:characters], block_size, batch_size, seed)
+    sequences = EpochSequences(TOKENS[:characters], block_size, batch_size, seed=seed)
     n = max(1, characters // block_size - 1)
     starts = np.concatenate([sequences.starts(k) for k in range(-(-2 * n // batch_size))])
     epochs = starts[:n], starts[n : 2 * n]
@@ -96,9 +97,9 @@ def test_epochs_differ_in_order_and_offset():
 @given(block_size=sizes, batch_size=sizes, world_size=st.integers(1, 4), k=st.integers(0, 2**40))
 def test_ranks_share_an_epoch(block_size, batch_size, world_size, k):
     tokens = TOKENS[:500]
-    alone = EpochSequences(tokens, block_size, batch_size * world_size, 7)[k]
+    alone = EpochSequences(tokens, block_size, batch_size * world_size, seed=7)[k]
     ranks = [
-        EpochSequences(tokens, block_size, batch_size, 7, r, world_size)[k]
+        EpochSequences(tokens, block_size, batch_size, r, world_size, seed=7)[k]
         for r in range(world_size)
     ]
     assert torch.equal(torch.cat(ranks), alone)
@@ -125,7 +126,7 @@ def test_a_split_of_one_sequence_fills_a_batch():
 
 def test_batches_differ_between_steps_and_seeds_and_can_start_anywhere():
     def first(seed, start, n):
-        reading = iter(RandomSequences(TOKENS, 8, 4, seed, start_batch=start))
+        reading = iter(RandomSequences(TOKENS, 8, 4, seed=seed, start_batch=start))
         return [next(reading).tolist() for _ in range(n)]
 
     assert first(1, 0, 6)[3:] == first(1, 3, 3)
@@ -184,7 +185,7 @@ def test_splits(tmp_path):
         (dict(val_fraction=-0.1), "val_fraction is -0.1; it must be from 0 to 1"),
         (
             dict(val_fraction=0.5, test_fraction=0.6),
-            "test_fraction is 0.6; it must be at most 1 -",
+            "test_fraction is 0.6; it must be from 0 to 1 - ",
         ),
         (dict(val_fraction=float("nan")), "val_fraction is nan"),
         (dict(order="sorted"), "order is sorted; it must be random or epochs"),
@@ -253,17 +254,15 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch):
 # --- the text of a checkpoint ---
 
 
-def text_of(data: CharDataModule, required: bool) -> TrainedText:
-    """The text that the command line restores from a checkpoint of a run with this data."""
+def record_of(data: CharDataModule) -> dict:
+    """The record in a checkpoint of a run with this data."""
     data.setup()
-    h = data.hparams
-    sizes = h["corpus_bytes"], h["corpus_digest"], h["train_characters"]
-    return TrainedText(*sizes, required=required)
+    return dict(data.hparams)
 
 
-def setup_with(folder, trained: TrainedText, **settings) -> CharDataModule:
+def setup_with(folder, trained: dict, other=(), **settings) -> CharDataModule:
     data = make_data(folder, **settings)
-    data.trained_text = trained
+    data.trained, data.other_texts = trained, other
     data.setup()
     return data
 
@@ -274,37 +273,56 @@ CHANGED = "text.txt is not the text this checkpoint was trained on, or it has ch
 @pytest.mark.parametrize("addition", ["", "a"])  # of the recorded size, and longer
 def test_a_changed_text_is_refused_unless_the_user_names_it(tmp_path, addition):
     path = write_text(tmp_path)
-    trained = text_of(make_data(tmp_path), required=True)
+    trained = record_of(make_data(tmp_path))
     assert len(setup_with(tmp_path, trained).train_tokens) == 1800
     path.write_text(path.read_text()[::-1] + addition)
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match=f"{CHANGED}\n.*--data.corpus"):
         setup_with(tmp_path, trained)
-    setup_with(tmp_path, trained._replace(required=False))
+    setup_with(tmp_path, trained, other=["corpus"])
 
 
 def test_a_text_of_another_size_than_recorded_is_not_read(tmp_path, monkeypatch):
     """A checkpoint may be untrusted, and the path in it may name any file."""
-    trained = text_of(make_data(tmp_path), required=True)
+    trained = record_of(make_data(tmp_path))
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(token_file, "read_file", None)
-    with pytest.raises(UserError, match=CHANGED):
-        setup_with(tmp_path, trained._replace(size=trained.size + 1))
+    for size in (trained["corpus_bytes"] + 1, float(trained["corpus_bytes"])):
+        with pytest.raises(UserError, match=CHANGED):
+            setup_with(tmp_path, trained | dict(corpus_bytes=size))
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("required", [False, True])
+ODD = [None, "a", 7.0, True, 10**5000, -(10**5000), float("nan"), [[0]], {}, b"a", torch.ones(2)]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["corpus_bytes", "corpus_digest", "train_characters"])
+def test_a_record_with_values_of_other_types_is_not_a_traceback(tmp_path, name, value):
+    trained = record_of(make_data(tmp_path)) | {name: value}
+    for other in ([], ["corpus"]):
+        with contextlib.suppress(UserError):
+            setup_with(tmp_path, trained, other)
+            assert other or name == "train_characters"
+
+
+def test_without_a_record_any_text_and_split_is_fine(tmp_path):
+    trained = {name: "a" for name in record_of(make_data(tmp_path)) if name not in RECORDED}
+    setup_with(tmp_path, trained, val_fraction=0.9)
+
+
+@pytest.mark.parametrize("other", [(), ("corpus",)])
 @pytest.mark.parametrize("split", [dict(test_fraction=0.5), dict(val_fraction=0.2)])
-def test_a_split_that_overlaps_the_training_text_is_refused(tmp_path, required, split):
-    trained = text_of(make_data(tmp_path), required)
+def test_a_split_that_overlaps_the_training_text_is_refused(tmp_path, other, split):
+    trained = record_of(make_data(tmp_path))
     with pytest.raises(UserError, match="1,800 characters of .* were trained on") as error:
-        setup_with(tmp_path, trained, **split)
+        setup_with(tmp_path, trained, other, **split)
     assert "--data.val_fraction or --data.test_fraction" in str(error.value)
 
 
 def test_a_copy_of_the_text_and_other_splits_of_the_rest_are_fine(tmp_path):
     """0.05 and 0.05 leave one training character fewer than 0.1: 1 - 0.05 - 0.05 rounds down."""
-    trained = text_of(make_data(tmp_path), required=True)
+    trained = record_of(make_data(tmp_path))
     copy = tmp_path / "copy.txt"
     shutil.copy(write_text(tmp_path), copy)
     halves = dict(val_fraction=0.05, test_fraction=0.05)
@@ -314,12 +332,20 @@ def test_a_copy_of_the_text_and_other_splits_of_the_rest_are_fine(tmp_path):
 
 
 def test_another_text_may_be_scored_with_any_split_but_not_trained_on(tmp_path):
-    trained = text_of(make_data(tmp_path), required=False)
+    trained = record_of(make_data(tmp_path))
     other = tmp_path / "other.txt"
     other.write_text(write_text(tmp_path).read_text()[::-1])
-    setup_with(tmp_path, trained, corpus=str(other), val_fraction=0.5)
+    setup_with(tmp_path, trained, ["corpus"], corpus=str(other), val_fraction=0.5)
     with pytest.raises(UserError, match="other.txt is not the text.*\n.*omit --ckpt_path"):
-        setup_with(tmp_path, trained._replace(required=True), corpus=str(other))
+        setup_with(tmp_path, trained, corpus=str(other))
+
+
+def test_a_refused_text_is_refused_again(tmp_path):
+    data = make_data(tmp_path)
+    data.trained = record_of(make_data(tmp_path)) | dict(corpus_digest="0")
+    for _ in range(2):
+        with pytest.raises(UserError, match=CHANGED):
+            data.setup()
 
 
 # --- a text of its own to validate on ---
@@ -354,17 +380,11 @@ def test_a_validation_text_with_unknown_characters_is_refused_by_name(tmp_path):
 
 def test_a_changed_validation_text_is_refused_unless_it_is_named(tmp_path):
     path = write_val(tmp_path)
-    digest = hashlib.sha256((tmp_path / "val.txt").read_bytes()).hexdigest()
-    recorded = TrainedText(42, digest, 0, required=True)
-
-    def setup(recorded):
-        data = make_data(tmp_path, val_corpus=path)
-        data.validated_text = recorded
-        data.setup()
-
-    setup(recorded)
+    trained = record_of(make_data(tmp_path, val_corpus=path))
+    setup_with(tmp_path, trained, val_corpus=path)
     write_val(tmp_path, "hedge bed fed\n" * 3)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(UserError, match="val.txt is not the text"):
-        setup(recorded)
-    setup(recorded._replace(required=False))
+    for other in ([], ["corpus"]):
+        with pytest.raises(UserError, match="val.txt is not the text"):
+            setup_with(tmp_path, trained, other, val_corpus=path)
+    setup_with(tmp_path, trained, ["val_corpus"], val_corpus=path)

@@ -30,7 +30,6 @@ from chargpt.checkpoints import (
 from chargpt.cli.main import COMMANDS, fail
 from chargpt.cli.parsing import find_configs, parse_or_exit, shipped_configs
 from chargpt.data import CharDataModule
-from chargpt.data.module import TrainedText
 from chargpt.data.texts import NAMED_TEXTS
 from chargpt.model import GPT, UserError
 from chargpt.training import GPTModule, TrainingConfig, make_trainer
@@ -312,16 +311,11 @@ class TrainingCLI(LightningCLI):
     def set_trained_text(self) -> None:
         """Tell the data which text, and which part of it, the checkpoint was trained on."""
         saved = self.checkpoint["datamodule_hyper_parameters"]
+        given = [name for name in ("corpus", "val_corpus") if self.is_given(f"data.{name}")]
         if saved.keys() >= TEXT_RECORD:
-            size, digest = saved["corpus_bytes"], saved["corpus_digest"]
-            train_characters = saved["train_characters"]
-            required = self.command == "fit" or not self.is_given("data.corpus")
-            self.datamodule.trained_text = TrainedText(size, digest, train_characters, required)
-            if saved.keys() >= VAL_RECORD:
-                size, digest = saved["val_corpus_bytes"], saved["val_corpus_digest"]
-                required = self.command == "fit" or not self.is_given("data.val_corpus")
-                self.datamodule.validated_text = TrainedText(size, digest, 0, required)
-        elif saved.get("corpus") not in NAMED_TEXTS and not self.is_given("data.corpus"):
+            self.datamodule.trained = {key: saved[key] for key in VAL_RECORD if key in saved}
+            self.datamodule.other_texts = () if self.command == "fit" else given
+        elif saved.get("corpus") not in NAMED_TEXTS and "corpus" not in given:
             raise UserError(
                 "the checkpoint does not record the text that it was trained on\n"
                 "choose one with --data.corpus"

@@ -5,9 +5,10 @@ targets. Ids keep their narrow type until they are on the device.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +17,33 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 
 @dataclass(eq=False)
-class RandomSequences(IterableDataset[Tensor]):
+class Sequences(IterableDataset[Tensor]):
+    """What all datasets need to read their sequences."""
+
+    tokens: np.ndarray  # ids of the split, (N,)
+    block_size: int  # T, the maximum context
+    batch_size: int  # B, sequences in the batch of one rank
+    rank: int = 0
+    world_size: int = 1
+    ids: np.ndarray | None = None  # in a different vocabulary, by the ids in `tokens`
+
+    def read(self, starts: np.ndarray) -> Tensor:
+        """The sequences from these positions; the one that ends the split may be shorter."""
+        length = min(self.block_size + 1, len(self.tokens) - starts.max(initial=0))
+        sequences = self.tokens[starts[:, None] + np.arange(length)]
+        return torch.from_numpy(sequences if self.ids is None else self.ids[sequences])
+
+
+@dataclass(eq=False, kw_only=True)
+class RandomSequences(Sequences):
     """Random training sequences without end: batch k is a pure function of (seed, k).
 
     All ranks draw the same global batch of `world_size * batch_size` sequences, without repetition
     if the text is long enough, and each takes its slice.
     """
 
-    tokens: np.ndarray  # ids of the training split, (N,)
-    block_size: int  # T, the maximum context
-    batch_size: int  # B, sequences in the batch of one rank
     seed: int
-    rank: int = 0
-    world_size: int = 1
     start_batch: int = 0  # k of the first batch
-    ids: np.ndarray | None = None  # in a different vocabulary, by the ids in `tokens`
 
     def starts(self, k: int) -> np.ndarray:
         """First positions of the sequences in the global batch k, (world_size * B,)."""
@@ -41,14 +54,12 @@ class RandomSequences(IterableDataset[Tensor]):
 
     def __getitem__(self, k: int) -> Tensor:
         local = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        return read_sequences(self.tokens, self.starts(k)[local], self.block_size + 1, self.ids)
+        return self.read(self.starts(k)[local])
 
     def __iter__(self) -> Iterator[Tensor]:
-        offset, stride = worker_share()
-        return (self[k] for k in itertools.count(self.start_batch + offset, stride))
+        return (self[k] for k in worker_share(itertools.count(self.start_batch)))
 
 
-@dataclass(eq=False)
 class EpochSequences(RandomSequences):
     """Training sequences by epochs: in an epoch each character is a target at most once.
 
@@ -58,37 +69,29 @@ class EpochSequences(RandomSequences):
 
     def starts(self, k: int) -> np.ndarray:
         n_sequences = max(1, len(self.tokens) // self.block_size - 1)  # for any offset
+        n_offsets = min(self.block_size, len(self.tokens) - n_sequences * self.block_size)
         size = self.world_size * self.batch_size
         epochs, positions = np.divmod(np.arange(k * size, (k + 1) * size), n_sequences)
-        offsets = min(self.block_size, len(self.tokens) - n_sequences * self.block_size)
         starts = []
         for epoch in np.unique(epochs).tolist():
-            offset, order = draw_epoch(self.seed, epoch, offsets, n_sequences)
+            offset, order = draw_epoch(self.seed, epoch, n_offsets, n_sequences)
             starts.append(offset + self.block_size * order[positions[epochs == epoch]])
         return np.concatenate(starts)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
-def draw_epoch(seed: int, epoch: int, offsets: int, n_sequences: int) -> tuple[int, np.ndarray]:
-    """The start of an epoch's first sequence, below `offsets`, and the order of all sequences."""
+def draw_epoch(seed: int, epoch: int, n_offsets: int, n_sequences: int) -> tuple[int, np.ndarray]:
+    """The first position of an epoch, and the order of its sequences."""
     random = np.random.default_rng((seed, epoch))
-    return int(random.integers(offsets)), random.permutation(n_sequences)
+    return int(random.integers(n_offsets)), random.permutation(n_sequences)
 
 
-@dataclass(eq=False)
-class EvaluationSequences(IterableDataset[Tensor]):
+class EvaluationSequences(Sequences):
     """Consecutive sequences whose targets are characters 2 to N of a split, each exactly once.
 
     Nothing is padded: a shorter last sequence is a batch of its own. The ranks take sequences in
     turn; one without any yields an empty batch, since all must take part in a validation.
     """
-
-    tokens: np.ndarray
-    block_size: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-    ids: np.ndarray | None = None
 
     def starts(self) -> list[np.ndarray]:
         """First positions of the sequences, for each batch of this rank."""
@@ -103,21 +106,10 @@ class EvaluationSequences(IterableDataset[Tensor]):
         return len(self.starts())
 
     def __iter__(self) -> Iterator[Tensor]:
-        offset, stride = worker_share()
-        for starts in self.starts()[offset::stride]:
-            length = min(self.block_size + 1, len(self.tokens) - starts.max(initial=0))
-            yield read_sequences(self.tokens, starts, length, self.ids)
+        return (self.read(starts) for starts in worker_share(self.starts()))
 
 
-def read_sequences(
-    tokens: np.ndarray, starts: np.ndarray, length: int, ids: np.ndarray | None = None
-) -> Tensor:
-    """Copy the sequences of `length` ids that begin at `starts`, (B, length)."""
-    sequences = tokens[starts[:, None] + np.arange(length)]
-    return torch.from_numpy(sequences if ids is None else ids[sequences])
-
-
-def worker_share() -> tuple[int, int]:
-    """First batch and stride of this DataLoader worker; the loader reads its workers in turn."""
+def worker_share(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches of this DataLoader worker; the loader reads its workers in turn."""
     worker = get_worker_info()
-    return (worker.id, worker.num_workers) if worker else (0, 1)
+    return itertools.islice(batches, worker.id, None, worker.num_workers) if worker else batches

@@ -1,6 +1,8 @@
 """The LightningDataModule: a text, split, or two texts, served in batches of ids (B, T + 1)."""
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,22 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from chargpt.data.datasets import EpochSequences, EvaluationSequences, RandomSequences
-from chargpt.data.texts import TextSource, resolve_corpus
+from chargpt.data.texts import resolve_corpus
 from chargpt.data.token_file import Corpus, open_corpus
 from chargpt.model import UserError
-from chargpt.model.config import FRACTION, check
+from chargpt.model.config import check
 from chargpt.vocabulary import Vocabulary
 
 ORDERS = {"random": RandomSequences, "epochs": EpochSequences}
-
-
-class TrainedText(NamedTuple):
-    """A text that a checkpoint was trained or validated on."""
-
-    size: int  # bytes of all its files
-    digest: str
-    train_characters: int  # length of its training split
-    required: bool  # whether no other text may be used instead
 
 
 class CharDataModule(LightningDataModule):
@@ -46,7 +39,7 @@ class CharDataModule(LightningDataModule):
         seed: chooses the sequences; the command line fills in seed_everything.
     """
 
-    corpus: Corpus  # these three are set by `prepare_data` or `setup`
+    corpus: Corpus  # `prepare_data` sets these three
     val_corpus: Corpus  # the same text, unless there is one of its own
     vocabulary: Vocabulary  # of the corpus, or of the network (`use_vocabulary`)
 
@@ -70,94 +63,86 @@ class CharDataModule(LightningDataModule):
         check(h, "block_size batch_size", "at least 1", lambda n: n >= 1)
         check(h, "num_workers seed", "at least 0", lambda n: n >= 0)
         check(h, "val_fraction", "from 0 to 1", lambda fraction: 0 <= fraction <= 1)
-        check(h, "test_fraction", *FRACTION)
-        check(h, "test_fraction", "at most 1 - val_fraction", lambda x: x + val_fraction <= 1)
+        rule = "from 0 to 1 - val_fraction"
+        check(h, "test_fraction", rule, lambda x: x >= 0 and x + val_fraction <= 1)
         check(h, "order", " or ".join(ORDERS), lambda order: order in ORDERS)
-        # Set by the command line from a checkpoint before the texts are opened, which then rejects
-        # a changed text and any split that would evaluate on training data.
-        self.trained_text: TrainedText | None = None
-        self.validated_text: TrainedText | None = None  # val_corpus
+        # The record (see `setup`) of the run that was trained, if any: its texts must not have
+        # changed, except those that the user has named instead, "corpus" or "val_corpus".
+        self.trained: dict[str, Any] = {}
+        self.other_texts: Container[str] = ()
 
     def prepare_data(self) -> None:
-        """Open and split the text, which is downloaded and encoded if that was not done before.
-
-        Lightning calls this in one process per machine, before a logger writes to disk.
-        """
-        if hasattr(self, "corpus"):
+        """Open and split the texts. Lightning calls this once per machine, before it logs."""
+        if hasattr(self, "vocabulary"):
             return
-        h, trained = self.hparams, self.trained_text
-        self.corpus = self.open_text(h["corpus"], h["fallback_corpus"], trained)
-        self.val_corpus, self.vocabulary = self.corpus, self.corpus.vocabulary
+        h = self.hparams
+        self.corpus = self.val_corpus = self.open_text("corpus", h["fallback_corpus"])
         val_fraction = 0.0 if h["val_corpus"] else h["val_fraction"]
         N = len(self.corpus.tokens)
-        test_start = int(N * (1 - h["test_fraction"]))
         val_start = int(N * (1 - val_fraction - h["test_fraction"]))
-        parts = np.split(self.corpus.tokens, [val_start, test_start])
+        parts = np.split(self.corpus.tokens, [val_start, int(N * (1 - h["test_fraction"]))])
         self.train_tokens, self.val_tokens, self.test_tokens = parts
         if h["val_corpus"]:
-            self.val_corpus = self.open_text(h["val_corpus"], None, self.validated_text)
+            self.val_corpus = self.open_text("val_corpus")
             self.val_tokens = self.val_corpus.tokens
-        self.check_lengths()
-        if trained and self.corpus.digest == trained.digest:
-            n_trained = trained.train_characters
-            if val_start < n_trained - 1:  # a sum of fractions may round differently
-                raise UserError(
-                    f"the first {n_trained:,} characters of {self.corpus.source.path} were trained "
-                    f"on, but this split trains on {val_start:,} and scores the rest\n"
-                    "use a smaller --data.val_fraction or --data.test_fraction"
-                )
+        self.check_split()
+        self.vocabulary = self.corpus.vocabulary
 
-    def open_text(self, corpus: str, fallback: str | None, trained: TrainedText | None) -> Corpus:
-        required = trained if trained and trained.required else None
+    def open_text(self, name: str, fallback: str | None = None) -> Corpus:
+        record = {} if name in self.other_texts else self.trained
         try:
-            source = resolve_corpus(corpus, self.hparams["data_dir"], fallback)
-            if required and source.size != required.size:
-                raise other_text(source)  # before anything of it is read
-            opened = open_corpus(source)
+            source = resolve_corpus(self.hparams[name], self.hparams["data_dir"], fallback)
+            check_unchanged(record, f"{name}_bytes", source.size, source.path)  # before it is read
+            text = open_corpus(source)
         except OSError as error:
-            raise UserError(
-                f"cannot access {error.filename}: {error.strerror}\n"
-                "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
-            ) from error
-        if required and opened.digest != required.digest:
-            raise other_text(source)
-        if "\r" in opened.vocabulary.characters:
+            reason = f"cannot access {error.filename}: {error.strerror}"
+            advice = "check permissions and space, or set CHARGPT_DATA_DIR or --data.data_dir"
+            raise UserError(f"{reason}\n{advice}") from error
+        check_unchanged(record, f"{name}_digest", text.digest, source.path)
+        if "\r" in text.vocabulary.characters:
             rank_zero_warn(
-                f"{source.path} has carriage returns (CR LF line endings, as on Windows?), which "
-                "are treated like any other character; a stop string with \\n matches CR LF too"
+                f"{source.path} has carriage returns (CR LF line endings, as on Windows?)"
             )
-        return opened
+        return text
+
+    def check_split(self) -> None:
+        h = self.hparams
+        trains = self.trainer is None or self.trainer.state.fn == "fit"
+        # Sequences of a batch start at different positions.
+        n_train = max(h["block_size"] + 1, h["batch_size"]) if trains else 0
+        for use, corpus, part, minimum in (
+            ("training", self.corpus, self.train_tokens, n_train),
+            ("validation", self.val_corpus, self.val_tokens, 2),
+            ("testing", self.corpus, self.test_tokens, 2 if h["test_fraction"] else 0),
+        ):
+            if len(part) < minimum:
+                raise UserError(
+                    f"{use} needs {minimum:,} characters, but {corpus.source.path} leaves "
+                    f"{len(part):,}\nuse a longer text, other fractions, or a smaller "
+                    "--data.block_size or --data.batch_size"
+                )
+        n_trained = self.trained.get("train_characters")
+        same_text = self.trained.get("corpus_digest") == self.corpus.digest
+        # A sum of fractions may round differently.
+        if same_text and type(n_trained) is int and len(self.train_tokens) < n_trained - 1:
+            n_trained = min(n_trained, len(self.corpus.tokens))
+            raise UserError(
+                f"the first {n_trained:,} characters of {self.corpus.source.path} were trained on, "
+                f"but this split trains on {len(self.train_tokens):,} and scores the rest\n"
+                "use a smaller --data.val_fraction or --data.test_fraction"
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Open the texts in all processes, and record them in the hyperparameters."""
         self.prepare_data()
-        digests = [self.corpus.digest, self.val_corpus.digest]
-        if self.trainer and self.trainer.strategy.broadcast(digests) != digests:
-            paths = {str(self.corpus.source.path), str(self.val_corpus.source.path)}
-            names = " or ".join(sorted(paths))
-            raise UserError(f"{names} differs between machines\ncopy it to all of them again")
         record: dict[str, Any] = dict(train_characters=len(self.train_tokens))
         for name in ("corpus", "val_corpus") if self.hparams["val_corpus"] else ("corpus",):
             source, _, _, digest = getattr(self, name)
+            if self.trainer and self.trainer.strategy.broadcast(digest) != digest:
+                raise UserError(f"{source.path} differs between machines\ncopy it to all of them")
             record |= {name: str(source.path), f"{name}_name": source.name}
             record |= {f"{name}_bytes": source.size, f"{name}_digest": digest}
         self.save_hyperparameters(record)
-
-    def check_lengths(self) -> None:
-        h = self.hparams
-        trains = self.trainer is None or self.trainer.state.fn == "fit"
-        for use, corpus, part, minimum in (
-            # Sequences of a batch start at different positions.
-            ("training", self.corpus, self.train_tokens, max(h["block_size"] + 1, h["batch_size"])),
-            ("validation", self.val_corpus, self.val_tokens, 2),
-            ("testing", self.corpus, self.test_tokens, 2 if h["test_fraction"] else 0),
-        ):
-            if len(part) < minimum and (trains or use != "training"):
-                raise UserError(
-                    f"{use} needs {minimum:,} characters, but {corpus.source.path} leaves "
-                    f"{len(part):,}\nuse a longer text, or a smaller --data.block_size or "
-                    "--data.batch_size, or other fractions"
-                )
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Serve ids of a network's vocabulary, which must contain all characters of the texts."""
@@ -174,26 +159,21 @@ class CharDataModule(LightningDataModule):
         # Lightning has restored global_step: resume with the micro-batch that comes next.
         h, trainer = self.hparams, self.trainer
         start_batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
-        dataset = ORDERS[h["order"]]
         settings = dict(seed=h["seed"], start_batch=start_batch)
-        return self.loader(dataset, self.corpus, self.train_tokens, **settings)
+        return self.loader(ORDERS[h["order"]], self.corpus, self.train_tokens, **settings)
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(EvaluationSequences, self.val_corpus, self.val_tokens)
 
     def test_dataloader(self) -> DataLoader:
         if len(self.test_tokens) == 0:
-            raise UserError(
-                "there is no test split\ntrain with --data.test_fraction, or run `validate` instead"
-            )
+            raise UserError("there is no test split\ntrain with --data.test_fraction, or validate")
         return self.loader(EvaluationSequences, self.corpus, self.test_tokens)
 
-    def loader(
-        self, dataset: type[Any], corpus: Corpus, tokens: np.ndarray, **settings: Any
-    ) -> DataLoader:
+    def loader(self, dataset: Any, text: Corpus, tokens: np.ndarray, **settings: Any) -> DataLoader:
         h, trainer = self.hparams, self.trainer
-        if corpus.vocabulary != self.vocabulary:
-            settings["ids"] = self.vocabulary.encode(corpus.vocabulary.characters)
+        if text.vocabulary != self.vocabulary:
+            settings["ids"] = self.vocabulary.encode(text.vocabulary.characters)
         if trainer:
             settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(
@@ -204,8 +184,11 @@ class CharDataModule(LightningDataModule):
         )
 
 
-def other_text(source: TextSource) -> UserError:
-    return UserError(
-        f"{source.path} is not the text this checkpoint was trained on, or it has changed since\n"
-        "restore it; or name a text with --data.corpus to score it, or omit --ckpt_path to train"
-    )
+def check_unchanged(record: dict[str, Any], key: str, value: int | str, path: Path) -> None:
+    """Refuse a text of a different size or digest than recorded; the record may be a stranger's."""
+    recorded = record.get(key, value)
+    if type(recorded) is not type(value) or recorded != value:
+        raise UserError(
+            f"{path} is not the text this checkpoint was trained on, or it has changed since\n"
+            "restore it; or name one with --data.corpus to score it, or omit --ckpt_path to train"
+        )

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
-from chargpt.data import CharDataModule, TrainedText
+from chargpt.data import CharDataModule
 from chargpt.data.datasets import EvaluationSequences
 from chargpt.model import GPT
 from chargpt.vocabulary import Vocabulary
@@ -156,8 +156,7 @@ def main() -> None:
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = ("corpus", "block_size", "val_fraction", "test_fraction")
     data = CharDataModule(**{name: saved[name] for name in settings})
-    keys = "corpus_bytes", "corpus_digest", "train_characters"
-    data.trained_text = TrainedText(*(saved[key] for key in keys), required=True)
+    data.trained = saved
     data.setup()
     tokens = torch.from_numpy(data.val_tokens[: options.characters].astype(int))
     print(f"{path}\nblock_size {gpt.config.block_size}, {len(tokens) - 1:,} characters scored")
