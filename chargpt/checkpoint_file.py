@@ -42,7 +42,7 @@ def read_tensors_and_plain_values(path: Path) -> Any:
     except Exception as error:  # zipfile, pickle and torch each raise their own
         reason = error if isinstance(error, UserError) else "is truncated or damaged"
         raise UserError(
-            f"the checkpoint {path} {reason}\nchoose a different one with --ckpt_path PATH"
+            f"the checkpoint {path} {reason}\nchoose another: --ckpt_path PATH"
         ) from error
 
 
@@ -109,9 +109,7 @@ def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> Non
             parameters.update(zip(saved["params"], group, strict=True))
         states = [(parameters[id], dict(values)) for id, values in state["state"].items()]
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise UserError(
-            "the optimizer state in the checkpoint is damaged or of other parameters"
-        ) from None
+        raise UserError("the optimizer state is damaged or of other parameters") from None
     for parameter, values in states:
         for name, value in values.items():
             check_finite(value, f"the optimizer's {name}")

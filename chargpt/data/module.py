@@ -100,9 +100,7 @@ class CharDataModule(LightningDataModule):
             raise UserError(f"{reason}\n{advice}") from error
         check_unchanged(record, f"{name}_digest", text.digest, source.path)
         if "\r" in text.vocabulary.characters:
-            rank_zero_warn(
-                f"{source.path} has carriage returns (CR LF line endings, as on Windows?)"
-            )
+            rank_zero_warn(f"{source.path} has carriage returns (CR LF line endings of Windows?)")
         return text
 
     def check_split(self) -> None:

@@ -2,8 +2,7 @@
 
 A token file is a NumPy array (`.npy`) of ids in the narrowest unsigned integer type, followed by
 the vocabulary and the text's digest as JSON. Its name depends on the paths, sizes and modification
-times of the text's files: a text that changes gets a new token file, and a run that has started
-keeps reading its own. Token files that no run needs may be deleted.
+times of the text's files: a text that changes gets a new token file, and a run keeps its own.
 """
 
 import codecs
