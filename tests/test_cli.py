@@ -466,7 +466,7 @@ CONFIGS = {
         (["--data.block_size=2000"], 1, "leaves 1,600"),
         (["--data.val_fraction=0.0001"], 1, "validation needs 2 characters"),
         (["--data.test_fraction=0.0001"], 1, "testing needs 2 characters"),
-        (["--data.val_fraction=0.95"], 1, "it must be at most 1 - val_fraction"),
+        (["--data.val_fraction=0.95"], 1, "it must be from 0 to 1 - val_fraction"),
         (["--data.val_fraction=nan"], 2, "--data.val_fraction: nan is not a number"),
         # sizes
         (["--model.n_embd=7"], 1, "not divisible by n_head"),
