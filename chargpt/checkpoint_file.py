@@ -1,6 +1,6 @@
 """Safe reading of checkpoint files: tensors and plain values, from anyone.
 
-`torch.load(weights_only=True)` runs no code, but lets a file of a kilobyte allocate all memory
+`torch.load(weights_only=True)` runs no code, but a file of a kilobyte can make it allocate all memory
 (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks here bound what a file
 can contain by its size.
 """
@@ -60,7 +60,7 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
         tuples += opcode.name.startswith("TUPLE")
         is_global = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
         if is_global and not re.fullmatch(GLOBALS, str(name)):
-            raise UserError(f"contains {name}: only tensors and plain values are read, no code")
+            raise UserError(f"contains {name}; only tensors and plain values are read, not code")
     if tuples > MAX_TUPLES:
         raise UserError("contains too many tuples")
     return entry.file_size
@@ -109,13 +109,15 @@ def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> Non
             parameters.update(zip(saved["params"], group, strict=True))
         states = [(parameters[id], dict(values)) for id, values in state["state"].items()]
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise UserError("the optimizer state is damaged or of other parameters") from None
+        raise UserError("the optimizer state is damaged or belongs to other parameters") from None
     for parameter, values in states:
         for name, value in values.items():
             check_finite(value, f"the optimizer's {name}")
             shape = [] if name == "step" else list(parameter.shape)
             if list(value.shape) != shape:
-                raise UserError(f"the optimizer's {name} is {list(value.shape)}, not {shape}")
+                raise UserError(
+                    f"the optimizer's {name} has shape {list(value.shape)}, not {shape}"
+                )
 
 
 def check_finite(value: Any, name: str) -> None:

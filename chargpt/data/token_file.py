@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -89,7 +90,9 @@ def read_file(file: TextFile) -> Iterator[str]:
     """The characters of a file in chunks, without a byte order mark; line endings are kept."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(file.path, "rb") as data:
-        if data.read(3) != codecs.BOM_UTF8:
+        if data.read(3) == codecs.BOM_UTF8:
+            warnings.warn(f"{file.path}: the byte order mark (BOM) is left out", stacklevel=2)
+        else:
             data.seek(0)
         chunk = b"not at the end"
         while chunk:
