@@ -1,8 +1,8 @@
 """Safe reading of checkpoint files: tensors and plain values, from anyone.
 
-`torch.load(weights_only=True)` runs no code, but a file of a kilobyte can make it allocate all memory
-(compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks here bound what a file
-can contain by its size.
+`torch.load(weights_only=True)` runs no code, but a file of a kilobyte can make it allocate all
+memory (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks here bound what
+a file can contain by its size.
 """
 
 import math
