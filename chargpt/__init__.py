@@ -6,11 +6,7 @@ from typing import Any
 __version__ = "0.3.0"
 
 # The module of each public name, imported at its first use: generating text needs no Lightning.
-MODULES = {
-    "GPT": "chargpt.model",
-    "GPTConfig": "chargpt.model",
-    "KVCache": "chargpt.model",
-    "UserError": "chargpt.model",
+MODULES = dict.fromkeys(("GPT", "GPTConfig", "KVCache", "UserError"), "chargpt.model") | {
     "Vocabulary": "chargpt.vocabulary",
     "GenerationConfig": "chargpt.generation",
     "TextGenerator": "chargpt.text_generator",

@@ -5,7 +5,6 @@ lightning_logs/version_3/checkpoints/last.ckpt    after each validation, at the 
 """
 
 import math
-import re
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,31 +26,15 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
 WEIGHT_SETTINGS = [name for name in NETWORK_SETTINGS if not name.endswith("dropout")]
-PARTS = {
-    "state_dict": dict,
-    "hyper_parameters": dict,
-    "datamodule_hyper_parameters": dict,
-    "global_step": int,
-    "vocabulary": str,
-    "chargpt": dict,
-}
-TRAINING_PARTS = {"loops": dict, "callbacks": dict, "optimizer_states": list}
+PARTS: dict[str, type] = dict(state_dict=dict, hyper_parameters=dict, global_step=int)
+PARTS |= dict(datamodule_hyper_parameters=dict, vocabulary=str, chargpt=dict)
+PARTS |= dict(loops=dict, callbacks=dict, optimizer_states=list)
+NO_TRAINING_STATE: dict[str, Any] = dict(loops={}, callbacks={}, optimizer_states=[])
 
 
 def find_checkpoints(root: str | Path) -> list[Path]:
     """The last and best checkpoints of all runs under `root`."""
     return [path for name in (LAST, BEST) for path in Path(root, LOGS).glob(f"*/{FOLDER}/{name}")]
-
-
-def newest_run(root: str | Path = ".") -> Path:
-    """The run under `root`/lightning_logs whose checkpoint was written last."""
-    found = find_checkpoints(root)
-    if not found:
-        raise UserError(
-            f"no run with a checkpoint in {Path(root, LOGS).absolute()}\n"
-            "train a model first: python -m chargpt fit --config cpu"
-        )
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.parts)).parents[1]
 
 
 def new_run(root: str | Path) -> Path:
@@ -81,9 +64,14 @@ def run_of(checkpoint: Path) -> Path | None:
 def resolve_checkpoint(name: str | Path | None, root: str | Path = ".") -> Path:
     """The file that "best" (or None) or "last" of the newest run, or a path, refers to."""
     if name in (None, "best", "last"):
-        folder = newest_run(root) / FOLDER
-        names = (LAST, BEST) if name == "last" else (BEST, LAST)
-        return next(path for path in map(folder.joinpath, names) if path.exists())
+        if not (found := find_checkpoints(root)):
+            raise UserError(
+                f"no run with a checkpoint in {Path(root, LOGS).absolute()}\n"
+                "train a model first: python -m chargpt fit --config cpu"
+            )
+        newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path.parts))
+        path = newest.with_name(LAST if name == "last" else BEST)
+        return path if path.exists() else newest  # the only one
     path = Path(str(name)).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder\nname a file, such as {path / FOLDER / LAST}")
@@ -99,10 +87,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: the file is damaged, contains code, or is not a checkpoint of this version.
     """
     checkpoint = read_tensors_and_plain_values(Path(path))
-    if not isinstance(checkpoint, dict) or not (
-        all(isinstance(checkpoint.get(name), kind) for name, kind in PARTS.items())
-        and all(isinstance(checkpoint.get(n, k()), k) for n, k in TRAINING_PARTS.items())
-    ):
+    parts = NO_TRAINING_STATE | checkpoint if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(parts.get(name), kind) for name, kind in PARTS.items()):
         raise UserError(
             f"{path} is not a checkpoint of chargpt {chargpt.__version__}: a different version "
             "or project wrote it\nread it with the program that wrote it, or train again"
@@ -114,21 +100,20 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     """The network of a checkpoint, with its weights, and its vocabulary.
 
     Raises:
-        UserError: weights, settings and vocabulary do not fit each other, or a setting of the
-            network is unknown to this version.
+        UserError: weights, settings and vocabulary do not fit each other or this version.
     """
-    names, settings = checkpoint["chargpt"].get("network", []), checkpoint["hyper_parameters"]
-    for name in names:
-        if name not in NETWORK_SETTINGS or name not in settings:
-            raise UserError(
-                f"{path} has the network setting {str(name)[:80]!r}, which this version of chargpt "
-                "does not support\nread it with the version that wrote it"
-            )
-    config = GPTConfig(**{name: settings[name] for name in names})
-    context = checkpoint["chargpt"].get("context", config.block_size)
+    ours, settings = checkpoint["chargpt"], checkpoint["hyper_parameters"]
+    try:
+        config = GPTConfig(**{name: settings[name] for name in ours.get("network", [])})
+    except (TypeError, KeyError) as error:  # it names the setting
+        raise UserError(
+            f"{path} has settings of the network that this version of chargpt does not support: "
+            f"{error}\nread it with the version that wrote it"
+        ) from error
+    context = ours.get("context", config.block_size)
     if type(context) is not int or not 1 <= context <= config.block_size:
         raise UserError(f"{path} has a context of {str(context)[:80]}, beyond its block_size")
-    if re.search("[\ud800-\udfff]", checkpoint["vocabulary"]):
+    if any("\ud800" <= character <= "\udfff" for character in checkpoint["vocabulary"]):
         raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
     vocabulary = Vocabulary(checkpoint["vocabulary"])
     weights = {
@@ -140,10 +125,14 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     if config.n_layer > len(weights):  # before any memory is allocated for so many
         raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:
-        # The weights come from the file: none are allocated or drawn.
+        # The weights come from the file, and are not copied: none are allocated or drawn.
         with torch.device("meta"), SkipNormal():
             gpt = GPT(config, len(vocabulary))
-        assign_weights(gpt, weights)
+        shared: dict[Tensor, nn.Parameter] = {}  # by several modules
+        for name, empty in gpt.named_parameters(remove_duplicate=False):
+            if name in weights:
+                weights[name] = shared.setdefault(empty, nn.Parameter(weights[name]))
+        gpt.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
         reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
         raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
@@ -155,24 +144,12 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     return gpt, vocabulary
 
 
-def assign_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
-    """Load weights without copying them; a parameter that several modules share stays shared."""
-    names: dict[nn.Parameter, str] = {}
-    pairs = [(n, names.setdefault(p, n)) for n, p in gpt.named_parameters(remove_duplicate=False)]
-    gpt.load_state_dict(weights, assign=True)
-    for name, original in pairs:
-        module, _, attribute = name.rpartition(".")
-        setattr(gpt.get_submodule(module), attribute, gpt.get_parameter(original))
-
-
 class SkipNormal(TorchFunctionMode):
     """Draws no weights: on the meta device that would import a compiler, which takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = kwargs or {}
-        if func is nn.init.normal_:
-            return arguments["tensor"]
-        return func(*args, **arguments)
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 def validation_loss(checkpoint: dict[str, Any]) -> float | None:
@@ -214,11 +191,10 @@ def save(gpt: GPT, vocabulary: Vocabulary, path: str | Path) -> None:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically.
+    """Write a checkpoint atomically; after an error, one that was there before is unchanged.
 
     Raises:
-        UserError: the file cannot be written, or it would contain values that cannot be read; one
-            that was there before is unchanged.
+        UserError: it contains values that are not plain, or the file cannot be written.
     """
     try:
         check_values(checkpoint)
@@ -229,11 +205,9 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch wraps some errors of the disk
-        cause: BaseException = error
-        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-            cause = cause.__cause__ or cause.__context__ or cause
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps some
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"cannot write the checkpoint {path.absolute()}: {reason}\n"
             "earlier checkpoints are intact; make room, then resume with --ckpt_path last"

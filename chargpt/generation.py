@@ -52,8 +52,8 @@ class GenerationConfig:
 def uniform(seed: int, sample: int, position: int) -> float:
     """A random number in [0, 1) for a character of a text (a counter-based generator).
 
-    It depends on its arguments only (the lowest 64 bits of the seed), so a text doesn't depend on
-    its batch or on where it was continued. `export/page.js` has the same function.
+    It depends on nothing else, so a text doesn't depend on its batch or on where it was continued.
+    Of the seed, 64 bits count. `export/page.js` has the same function.
     """
     bits = mix(position)
     for word in (sample, seed, seed >> 32):
@@ -97,11 +97,11 @@ def sample(logits: Tensor, config: GenerationConfig, uniforms: Tensor) -> Tensor
 
 
 class Chunk(NamedTuple):
-    """New ids of one text; the last chunk of each text is marked, and may be empty."""
+    """New ids of one text."""
 
     row: int  # index of the prompt
     ids: list[int]
-    last: bool
+    last: bool  # of this text; the last chunk may be empty
 
 
 @dataclass
@@ -119,22 +119,19 @@ class SequenceState:
         self.length += 1
         self.window.append(id)
         self.pending.append(id)
-        if found := [len(stop) for stop in stops if self.pending[-len(stop) :] == stop]:
-            return Chunk(self.row, self.pending[: -max(found)], True)
-        held = 0 if last else max(map(len, stops), default=1) - 1
+        found = max((len(stop) for stop in stops if self.pending[-len(stop) :] == stop), default=0)
+        held = found if found or last else max(map(len, stops), default=1) - 1
         ready = max(0, len(self.pending) - held)
-        chunk = Chunk(self.row, self.pending[:ready], last)
-        self.pending = self.pending[ready:]
-        return chunk
+        ids, self.pending = self.pending[:ready], self.pending[ready:]
+        return Chunk(self.row, ids, last or found > 0)
 
 
 def window_length(length: int, block_size: int) -> int:
     """How many of the newest characters of a text the network sees: at most block_size.
 
-    A full window is cut to its newest half (rounded up) and grows again, so that the cost of a
-    character doesn't depend on the length of the text. Dropping just the oldest keys and values
-    would be wrong: those of the others were computed from it. The result depends on the length
-    only, so that continuing a text is the same as generating it in one go.
+    A full window is cut to its newest half (rounded up) and grows again: dropping just the oldest
+    keys and values would be wrong, since those of the others were computed from them. The length
+    depends on nothing else, so that continuing a text is the same as generating it in one go.
     """
     if length <= block_size:
         return length
@@ -152,29 +149,25 @@ def generate(
 ) -> Iterator[list[Chunk]]:
     """Continue all prompts (at least one id each) in one batch, each as if it were alone.
 
-    Each step yields a Chunk per text with new ids, and a final one for each text that finishes. A
-    text ends just before the first stop sequence it generates. `samples[i]` is the index of text i
-    among the samples of its prompt (default 0). The network is in evaluation mode while it computes
-    and in the previous mode between two steps; no random state is used or changed.
+    Each step yields a Chunk per text with new ids, and a final one for each text that finishes,
+    just before its first stop sequence or at its full length. `samples[i]` is the index of text i
+    among the samples of its prompt (default 0). No random state is used or changed.
     """
     if config.max_new_chars == 0:
         yield [Chunk(row, [], True) for row in range(len(prompts))]
         return
-    block_size = gpt.config.block_size
-    texts = []
-    for row, prompt in enumerate(prompts):
-        window = list(prompt[-window_length(len(prompt), block_size) :])
-        texts.append(SequenceState(row, samples[row] if samples else 0, len(prompt), window))
+    texts = [
+        SequenceState(row, samples[row] if samples else 0, len(prompt), list(prompt))
+        for row, prompt in enumerate(prompts)
+    ]
     cache = KVCache(gpt, len(texts), max(map(len, prompts)) + config.max_new_chars)
-    to_prefill = list(range(len(texts)))
     for remaining in reversed(range(config.max_new_chars)):
         with eval_mode(gpt):
-            prefill(gpt, cache, texts, to_prefill)
+            prefill(gpt, cache, texts)
             newest = torch.tensor([text.window[-1:] for text in texts], device=cache.ids.device)
             logits = gpt(newest, cache)[:, -1].to("cpu", torch.float32)
         if not math.isfinite(logits.amax()):
-            problem = "the network is broken: its logits are not finite numbers (NaN or infinity)"
-            raise UserError(f"{problem}\nuse a different checkpoint")
+            raise UserError("the network is broken: its logits are NaN or infinite")
         uniforms = [uniform(config.seed, text.sample, text.length) for text in texts]
         ids = sample(logits, config, torch.tensor(uniforms, dtype=torch.float64)).tolist()
         chunks = [text.add(id, stops, remaining == 0) for text, id in zip(texts, ids)]
@@ -186,20 +179,20 @@ def generate(
         if len(unfinished) < len(texts):
             texts = [texts[row] for row in unfinished]
             cache.select_rows(unfinished)
-        to_prefill = [row for row, text in enumerate(texts) if len(text.window) > block_size]
-        for row in to_prefill:
-            del texts[row].window[: -window_length(block_size + 1, block_size)]
 
 
-def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequence[int]) -> None:
-    """Replace the cache of these rows by that of their windows, except for the newest character.
+def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState]) -> None:
+    """Compute the cache of new texts and full windows, except for the newest character.
 
     Windows of one length are a batch, and equal ones are computed once.
     """
     by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
-    for row in rows:
-        window = tuple(texts[row].window[:-1])
-        by_length.setdefault(len(window), {}).setdefault(window, []).append(row)
+    for row, text in enumerate(texts):
+        length = window_length(text.length, gpt.config.block_size) - 1
+        if cache.lengths[row] != length:
+            del text.window[: -length - 1]
+            window = tuple(text.window[:-1])
+            by_length.setdefault(length, {}).setdefault(window, []).append(row)
     for length, windows in by_length.items():
         source = KVCache(gpt, len(windows), capacity=length)
         if length > 0:
@@ -210,7 +203,7 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState], rows: Sequ
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside the `with` statement, then the previous mode."""
+    """Evaluation mode (no dropout) inside the `with` statement, then the previous modes."""
     training = [part for part in module.modules() if part.training] if module.training else []
     for part in training:
         part.training = False

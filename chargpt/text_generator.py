@@ -29,20 +29,20 @@ class Score(NamedTuple):
 class TextGenerator(nn.Module):
     """A GPT and its Vocabulary.
 
-    `complete`, `stream` and `complete_all` take the fields of `GenerationConfig` by name. An empty
-    prompt starts from a newline, or from the vocabulary's first character where it has no newline.
+    `complete`, `stream` and `complete_all` take the fields of `GenerationConfig` by name.
 
     Raises:
-        UserError: the network and the vocabulary have different sizes; in the methods, a setting is
-            invalid, or a character unknown.
+        UserError: the sizes of network and vocabulary differ; in the methods, a setting is invalid,
+            or a character unknown.
     """
 
     def __init__(self, gpt: GPT, vocabulary: Vocabulary) -> None:
         super().__init__()
         size = gpt.token_embedding.num_embeddings
         if size != len(vocabulary):
-            problem = f"the network has {size:,} characters, but the vocabulary {len(vocabulary):,}"
-            raise UserError(f"{problem}\nuse the vocabulary that it was trained with")
+            raise UserError(
+                f"the network has {size:,} characters, the vocabulary {len(vocabulary):,}"
+            )
         self.gpt = gpt
         self.vocabulary = vocabulary
 
@@ -51,9 +51,9 @@ class TextGenerator(nn.Module):
         return (prompt or self.opening) + "".join(self.stream(prompt, **settings))
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
-        """The continuation of the prompt, streamed while it is generated.
+        """The continuation, character by character while it is generated.
 
-        A chunk is a character. With stop strings, chunks are late by the longest one's length - 1.
+        With stop strings, characters are late by the length of the longest one, less 1.
         """
         chunks = self.write([prompt], GenerationConfig(**settings))
         return (text for _, text, _ in chunks if text)
@@ -80,26 +80,25 @@ class TextGenerator(nn.Module):
             raise UserError(f"num_samples is {num_samples}; it must be at least 1")
         rows = [row for row in map(self.encode, prompts) for _ in range(num_samples)]
         samples = list(range(num_samples)) * len(prompts)
-        stops = [self.encode(stop) for stop in config.stop_strings]
-        if "\r" in self.vocabulary.characters:  # of a text with CR LF line endings
-            crlf = [re.sub("\r?\n", "\r\n", stop) for stop in config.stop_strings]
-            stops += [self.encode(stop) for stop in crlf]
-        characters = self.vocabulary.characters
+        stops, characters = config.stop_strings, self.vocabulary.characters
+        if "\r" in characters:  # of a text with CR LF line endings
+            stops += [re.sub("\r?\n", "\r\n", stop) for stop in stops]
+        stop_ids = [self.encode(stop) for stop in stops]
         batches = (slice(start, start + MAX_ROWS) for start in range(0, len(rows), MAX_ROWS))
         return (
             (batch.start + row, "".join([characters[id] for id in ids]), last)
             for batch in batches
-            for step in generate(self.gpt, rows[batch], config, samples[batch], stops)
+            for step in generate(self.gpt, rows[batch], config, samples[batch], stop_ids)
             for row, ids, last in step
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; an empty one stands for `opening`."""
+        """The ids of a text; those of `opening` for an empty one."""
         return self.vocabulary.encode(text or self.opening).tolist()
 
     @property
     def opening(self) -> str:
-        """The prompt that replaces an empty one."""
+        """What replaces an empty prompt: a newline, or else the vocabulary's first character."""
         characters = self.vocabulary.characters
         return "\n" if "\n" in characters else characters[0]
 
@@ -121,10 +120,9 @@ class TextGenerator(nn.Module):
 
 
 def load(path: str | Path | None = None) -> TextGenerator:
-    """Load the TextGenerator of a checkpoint, on the CPU and in evaluation mode.
+    """Load a checkpoint, on the CPU and in evaluation mode; no code in the file is run.
 
-    `path` may be "last" or "best" (the default), of the newest run under ./lightning_logs. No code
-    in the file is run.
+    `path` may be "last" or "best" (the default), of the newest run under ./lightning_logs.
     """
     path = resolve_checkpoint(path)
     return TextGenerator(*build_network(read_checkpoint(path), path)).eval()

@@ -436,7 +436,7 @@ CONFIGS = {
         (["fit", "--model.n_embd=null"], 2, "--model.n_embd: None is not a whole number"),
         (["fit", "--model.block_size=3"], 2, "must be given via \"data.block_size\""),
         (["fit", "word"], 2, "unrecognized arguments: word"),
-        (["fit", "--config"], 2, "--config needs the name of a file"),
+        (["fit", "--config"], 2, "shipped configurations: "),
         # configurations
         (["fit", "--config=none.yaml"], 2, "none.yaml: No such file"),
         (["fit", "--config=."], 2, "Is a directory"),

@@ -646,7 +646,7 @@ MESSAGES = [
     (["fit", "--config=tiny.yaml", "--trainer.precision=fp16"], None, ["precision", "fp16", "16-mixed"], ["Expected a int"]),
     (["predict", "--generate.prompt"], 2, ["--generate.prompt="], []),
     (["predict", "--generate.prompt", "--Hello"], 2, ["--generate.prompt="], []),
-    (["export", "--to=page"], 2, ["--output"], ["Key ", "required: output"]),
+    (["export", "--to=page"], 2, ["required: output"], ["Key "]),
     (["export", "--to=page", "--output=text.txt/p.html"], 1, ["p.html"], ["[Errno", ".tmp"]),
     (["predict", "--generate.output=text.txt/p.txt", "--generate.max_new_chars=1"], 1, ["p.txt"], ["[Errno", ".tmp"]),
     (["export", "--to=page", "--output=/sys/p.html"], 1, ["/sys/p.html"], ["[Errno", ".tmp"]),

@@ -28,15 +28,18 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     atexit.register(gc.freeze)  # or Python collects garbage in all libraries at exit, for a second
     if command in ("-h", "--help"):
-        print_help()
+        print("usage: python -m chargpt COMMAND [options]\n\nA character-level GPT.\n\ncommands:")
+        for name, (_, description) in COMMANDS.items():
+            print(f"  {name:10}{description}")
+        print("\npython -m chargpt COMMAND --help lists the options of a command.")
     elif command == "--version":
         print(f"chargpt {chargpt.__version__}")
     elif command not in COMMANDS:
         refuse_command(command)
     else:
-        sys.path.append(folder := os.getcwd())  # a user's own classes, as with `python -m`
-        show_warning, warnings.showwarning = warnings.showwarning, print_warning
-        try:
+        with warnings.catch_warnings():
+            warnings.showwarning = print_warning
+            sys.path.append(folder := os.getcwd())  # a user's own classes, as with `python -m`
             module = import_module(f"chargpt.cli.{COMMANDS[command][0]}")
             from chargpt.model import UserError
 
@@ -44,26 +47,16 @@ def main(args: list[str] | None = None) -> None:
                 module.run(command, rest)
             except (UserError, MemoryError) as error:
                 fail(str(error) or "out of memory")
-        finally:
-            warnings.showwarning = show_warning
-            sys.path.remove(folder)
-
-
-def print_help() -> None:
-    print("usage: python -m chargpt COMMAND [options]\n\nA character-level GPT.\n\ncommands:")
-    for command, (_, description) in COMMANDS.items():
-        print(f"  {command:10}{description}")
-    print("\npython -m chargpt COMMAND --help lists the options of a command.")
+            finally:
+                sys.path.remove(folder)
 
 
 def refuse_command(command: str) -> NoReturn:
+    misplaced = not command or command.startswith("-")
+    problem = "the command comes first" if misplaced else f"there is no command {command[:80]!r}"
+    near = difflib.get_close_matches(SYNONYMS.get(command, command), COMMANDS)
     hint = f"choose one of {', '.join(COMMANDS)}; python -m chargpt --help explains them"
-    near = difflib.get_close_matches(command, COMMANDS)
-    near = [SYNONYMS[command]] if command in SYNONYMS else near
-    if not command or command.startswith("-"):
-        fail(f"the command comes first; {hint}", status=2)
-    hint = f"did you mean {near[0]}?" if near else hint
-    fail(f"there is no command {command[:80]!r}; {hint}", status=2)
+    fail(f"{problem}; {f'did you mean {near[0]}?' if near else hint}", status=2)
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

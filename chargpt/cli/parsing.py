@@ -16,18 +16,18 @@ from chargpt.cli.main import COMMANDS, fail
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 UNKNOWN = re.compile(
-    r"unrecognized arguments: (\S+)"
-    r"|Group '(?P<group>.*?)' does not accept option '(?P<name>.*?)'"
+    r"unrecognized arguments: (--)?([^\s=]+)"
+    r"|Group '(.*?)' does not accept option '(.*?)'"
     r"|[Oo]ption '(.*?)' is not accepted"
 )
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations of the package by name; in a clone their folder is beside it."""
     package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parent / "configs")
-    found = next((folder for folder in folders if folder.is_dir()), package)
-    return {path.stem: path for path in sorted(found.glob("*.yaml"), key=lambda path: path.stem)}
+    paths = list(package.glob("configs/*.yaml")) or package.parent.glob("configs/*.yaml")
+    return {path.stem: path for path in sorted(paths)}
 
 
 def find_config(name: str) -> str:
@@ -50,12 +50,9 @@ def find_config(name: str) -> str:
 
 def find_configs(args: list[str]) -> list[str]:
     """The arguments with configuration files first: flags override them in any order."""
-    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    configs.add_argument("-c", "--config", action="append", default=[])
-    try:
-        known, flags = configs.parse_known_args(args)
-    except argparse.ArgumentError:
-        fail("--config needs the name of a file", status=2)
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    configs.add_argument("-c", "--config", action="append", nargs="?", const="", default=[])
+    known, flags = configs.parse_known_args(args)
     return [*(f"--config={find_config(name)}" for name in known.config), *flags]
 
 
@@ -70,12 +67,8 @@ def command_parser(command: str) -> ArgumentParser:
 
 
 def add_ckpt_path(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--ckpt_path",
-        type=str,
-        default="best",
-        help="A checkpoint: a path, or best or last of the newest run in ./lightning_logs.",
-    )
+    help = "A checkpoint: a path, or best or last of the newest run in ./lightning_logs."
+    parser.add_argument("--ckpt_path", type=str, default="best", help=help)
 
 
 def parse_or_exit(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Namespace:
@@ -83,48 +76,40 @@ def parse_or_exit(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Nam
     try:
         return parse()
     except (ArgumentError, argparse.ArgumentError, TypeError) as error:
-        fail(explain(parser, str(error)), status=2)
+        fail(explain(str(error), list(parser.get_defaults().keys())), status=2)
 
 
-def explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message in a line or two; for an unknown name, with the nearest known one."""
+def explain(message: str, options: list[str]) -> str:
+    """jsonargparse's message in a line or two; for an unknown name, with the nearest option."""
     if match := UNKNOWN.search(message):
-        name = ".".join(filter(None, match.groups())).split("=")[0]
-        hyphens, name = "--" * name.startswith("-"), name.lstrip("-")
-        known = list(parser.get_defaults().keys())
-        if near := nearest(name, known):
-            return f"there is no option {hyphens}{name}\ndid you mean {hyphens}{near}?"
+        hyphens, *names = match.groups(default="")
+        name = ".".join(filter(None, names))
+        problem = f"there is no option {hyphens}{name}"
+        if near := nearest(name, options):
+            return f"{problem}\ndid you mean {hyphens}{near}?"
         if hyphens:
-            return f"there is no option --{name}\n--help after the command lists them all"
-        if "unrecognized" in message and "generate.prompt" in known:
+            return f"{problem}\n--help after the command lists them all"
+        if "unrecognized" in message and "generate.prompt" in options:
             return f'unexpected argument {name}\ndid you mean --generate.prompt "{name}"?'
     if "Key must be a string" in message:  # ngrams of a configuration for training
         return "the configuration file has settings of other commands"
-    if "expected one argument" in message:
-        flag = message.removeprefix("argument ").partition(":")[0]
-        return f"{flag} needs a value\nwrite {flag}=VALUE if the value begins with a hyphen"
-    if match := re.search(r"arguments are required: (\w+)$", message):
-        return f"--{match[1]} is required"
-    if match := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
-        return f"--{match[1]}: {explain_value(match[2])}"
+    if match := re.match("argument (.*): expected one argument", message):
+        return f"{match[1]} needs a value\nwrite {match[1]}=VALUE if it begins with a hyphen"
+    if match := re.match(r'Parser key "(.+?)":(.*)', message, re.DOTALL):
+        name, problem = match.groups()
+        value = "".join(re.findall(r"value: (.*)", problem)[-1:])
+        if choices := dict.fromkeys(re.findall(r"Literal\[(.*?)\]", problem)):
+            problem = f"{value} is not one of {', '.join(choices)}"
+        elif kind := re.search(r"Expected a <class '(int|float|bool)'>", problem):
+            problem = f"{value} is not {KINDS[kind[1]]}"
+        message = f"--{name}: {problem}"
     return " ".join(message.split())
 
 
-def explain_value(problem: str) -> str:
-    """jsonargparse's explanation of an invalid value in a few words."""
-    value = (re.findall(r"value: (.*)", problem) or [""])[-1]
-    if choices := re.findall(r"[\w.-]+", ",".join(re.findall(r"Literal\[(.*?)\]", problem))):
-        return f"{value} is not one of {', '.join(dict.fromkeys(choices))}"
-    if match := re.search(r"Expected a <class '(int|float|bool)'>", problem):
-        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-        return f"{value} is not {kinds[match[1]]}"
-    return " ".join(problem.split())
-
-
-def nearest(wrong: str, names: list[str]) -> str | None:
-    """The nearest name, by its last part too: people type --lr."""
-    by_last = {name.rpartition(".")[2]: name for name in names}
-    if near := difflib.get_close_matches(wrong, names, n=1, cutoff=0.8):
-        return near[0]
-    near = difflib.get_close_matches(wrong.rpartition(".")[2], by_last, n=1, cutoff=0.7)
-    return by_last[near[0]] if near else None
+def nearest(wrong: str, options: list[str]) -> str | None:
+    """The option with the nearest name, or the nearest last part: people type --lr."""
+    last_parts = {option.rpartition(".")[2]: option for option in options}
+    near = difflib.get_close_matches(wrong, options, n=1, cutoff=0.8)
+    if not near:
+        near = difflib.get_close_matches(wrong.rpartition(".")[2], last_parts, n=1, cutoff=0.7)
+    return last_parts.get(near[0], near[0]) if near else None

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from chargpt.checkpoints import build_network, read_checkpoint, resolve_checkpoint
+from chargpt.checkpoints import resolve_checkpoint
 from chargpt.cli.parsing import add_ckpt_path, command_parser, find_configs, parse_or_exit
 from chargpt.generation import GenerationConfig
 from chargpt.model import UserError
-from chargpt.text_generator import TextGenerator
+from chargpt.text_generator import TextGenerator, load
 
 SEPARATOR = "-" * 40 + "\n"
 
@@ -28,8 +28,7 @@ def run(command: str, args: list[str]) -> None:
     config = parse_or_exit(parser, lambda: parser.parse_args(args))
     path = resolve_checkpoint(config.ckpt_path)
     print(f"checkpoint {path}", file=sys.stderr)
-    generator = TextGenerator(*build_network(read_checkpoint(path), path)).eval()
-    predict(generator, path, **config.generate.as_dict())
+    predict(load(path), path, **config.generate.as_dict())
 
 
 def predict(
@@ -67,24 +66,24 @@ def predict(
     def entry(row: int) -> str:
         text = texts[row]
         if format == "text":
-            return SEPARATOR * (row > 0) + text + ("" if text.endswith("\n") else "\n")
+            return SEPARATOR * (row > 0) + text + "\n" * (not text.endswith("\n"))
         line = {"prompt": starts[row // num_samples], "text": text, "seed": seed}
         line |= {"sample": row % num_samples, "settings": settings, "checkpoint": str(checkpoint)}
         return json.dumps(line, ensure_ascii=False) + "\n"
 
-    streamed = len(texts) == 1 and format == "text"
+    streams = len(texts) == 1 and format == "text"
     complete: set[int] = set()
     written = 0  # texts
     with open_output(output) as file:
-        file.write(texts[0] if streamed else "")
+        file.write(texts[0] if streams else "")
         for row, text, last in chunks:
             texts[row] += text
-            if streamed:
+            if streams:
                 file.write(text)
             if last:
                 complete.add(row)
             while written in complete:  # in order
-                file.write(entry(written)[len(texts[0]) if streamed else 0 :])
+                file.write(entry(written)[len(texts[0]) if streams else 0 :])
                 written += 1
             file.flush()
 
@@ -95,17 +94,15 @@ def read_prompts(prompt: str, prompts: str) -> list[str]:
         raise UserError("use either a prompt or a file of prompts, not both")
     if not prompts and prompt != "-":
         return [prompt]
-    name = prompts or "standard input"
     try:
         data = Path(prompts).expanduser().read_bytes() if prompts else sys.stdin.buffer.read()
-        text = data.decode("utf-8-sig" if prompts else "utf-8")
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error
-    if not prompts:
-        return [text]
-    if not text:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot read {prompts or 'standard input'}: {reason}") from error
+    if prompts and not text:
         raise UserError(f"{prompts} is empty; it needs a prompt per line")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if prompts else [text]
 
 
 @contextmanager
@@ -124,5 +121,5 @@ def open_output(output: str) -> Iterator[TextIO]:
         if not output:  # the interpreter flushes once more at exit, and must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # as in `| head`, where it ends quietly
-            name = output or "to standard output"
-            raise UserError(f"cannot write {name}: {error.strerror}") from error
+            target = output or "to standard output"
+            raise UserError(f"cannot write {target}: {error.strerror}") from error

@@ -33,10 +33,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The settings of a GPT. Flags, YAML keys, help texts and checks are generated from them.
+    """The settings of a GPT; a UserError names an invalid one.
 
-    Raises:
-        UserError: a setting is invalid; the message names it.
+    Flags, YAML keys and help texts are generated from the fields.
     """
 
     block_size: int = 256
@@ -94,8 +93,7 @@ class GPTConfig:
         return max(self.ngrams or (), default=1) - 1
 
 
-# A rule for `check`, and the predicate that tests it: a fraction in [0, 1).
-FRACTION = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+FRACTION = ("at least 0 and less than 1", lambda value: 0 <= value < 1)  # arguments of `check`
 
 
 def check(settings: object, names: str, rule: str, predicate: Callable[[Any], bool]) -> None:

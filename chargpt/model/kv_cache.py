@@ -34,7 +34,7 @@ class LayerCache(NamedTuple):
 
 
 class CacheStep(NamedTuple):
-    """What the network needs to process T new characters of each row."""
+    """What the network needs for T new characters of each row."""
 
     positions: Tensor  # (T,), or (B, T) where rows have different lengths
     angles: Tensor | None  # rotary angles of these positions
@@ -44,12 +44,11 @@ class CacheStep(NamedTuple):
 
 
 class KVCache:
-    """KV cache: the keys and values that attention has computed, a slot per position.
+    """The keys and values that attention has computed, a slot per position.
 
-    They stay valid because attention is causal: a key or value depends on its own character and
-    those before it, so later characters don't change it. A new character then costs one position
-    instead of a pass over all of them. Rows may have different lengths. Capacity defaults to
-    block_size, which is also the maximum.
+    They stay valid because attention is causal: later characters don't change them. A new character
+    then costs one position instead of a pass over all of them. Rows may have different lengths.
+    Capacity, in characters, is at most block_size, the default.
     """
 
     def __init__(self, gpt: GPT, rows: int, capacity: int | None = None) -> None:
