@@ -199,9 +199,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         check_values(checkpoint)
     except UserError as error:
-        raise UserError(
-            f"cannot save the run: the checkpoint {error}, which is not plain"
-        ) from None
+        raise UserError(f"cannot save the checkpoint: it {error}, which is not plain") from None
     try:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)

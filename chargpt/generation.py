@@ -198,7 +198,7 @@ def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState]) -> None:
         if length > 0:
             gpt(torch.tensor(list(windows), device=cache.ids.device), source)
         for source_row, same in enumerate(windows.values()):
-            cache.copy_rows(same, source, [source_row] * len(same))
+            cache.copy_row(source, source_row, same)
 
 
 @contextmanager

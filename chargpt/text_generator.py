@@ -40,9 +40,7 @@ class TextGenerator(nn.Module):
         super().__init__()
         size = gpt.token_embedding.num_embeddings
         if size != len(vocabulary):
-            raise UserError(
-                f"the network has {size:,} characters, the vocabulary {len(vocabulary):,}"
-            )
+            raise UserError(f"the network has {size} characters, the vocabulary {len(vocabulary)}")
         self.gpt = gpt
         self.vocabulary = vocabulary
 

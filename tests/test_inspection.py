@@ -88,7 +88,7 @@ def test_rows_of_different_lengths():
     for row, length in enumerate((5, 2)):
         alone = KVCache(gpt, rows=1)
         gpt(ids[row : row + 1, :length], alone)
-        cache.copy_rows([row], alone, [0])
+        cache.copy_row(alone, 0, [row])
     with inspect(gpt) as together:
         gpt(torch.stack((ids[0, 5:6], ids[1, 2:3])), cache)
     with inspect(gpt) as alone:

@@ -32,7 +32,7 @@ def filled_cache(gpt: GPT, prompts: list[list[int]]) -> KVCache:
     for row, prompt in enumerate(prompts):
         alone = KVCache(gpt, rows=1, capacity=len(prompt))
         gpt(torch.tensor([prompt]), alone)
-        cache.copy_rows([row], alone, [0])
+        cache.copy_row(alone, 0, [row])
     return cache
 
 
@@ -76,7 +76,7 @@ def test_a_row_can_be_replaced_by_a_shorter_one_and_rows_can_be_dropped(switches
     prompts = [random_prompt(length, seed=length) for length in (9, 6, 4)]
     cache = filled_cache(gpt, prompts)
     prompts[0] = random_prompt(2, seed=20)
-    cache.copy_rows([0], filled_cache(gpt, [prompts[2], prompts[0]]), [1])
+    cache.copy_row(filled_cache(gpt, [prompts[2], prompts[0]]), 1, [0])
     assert_continues(gpt, cache, prompts, 1, seed=30)
     cache.select_rows([2, 0])
     prompts = [prompts[2], prompts[0]]

@@ -44,8 +44,6 @@ def predict(
     """Generate texts and write them to standard output or a file.
 
     Args:
-        generator: the network with its vocabulary.
-        checkpoint: its file, for the output in jsonl.
         prompt: What the text begins with; "-" reads it from standard input. An empty one starts
             from a newline, or from the vocabulary's first character where it has no newline.
         prompts: A file with a prompt per line, instead of `prompt`. They are generated in batches,
@@ -54,7 +52,6 @@ def predict(
         output: A file instead of standard output.
         format: "text": each with its prompt, separated by a line of hyphens; or "jsonl": a line
             per text, with the keys prompt, text, seed, sample, settings and checkpoint.
-        sampling: the fields of `GenerationConfig`.
     """
     config = GenerationConfig(**sampling)
     starts = [text or generator.opening for text in read_prompts(prompt, prompts)]

@@ -95,14 +95,13 @@ class KVCache:
         layers = [LayerCache(k, v, new) for k, v in zip(parts[::2], parts[1::2])]
         return CacheStep(positions, angles, mask, ids, layers)
 
-    def copy_rows(self, rows: Sequence[int], source: KVCache, source_rows: Sequence[int]) -> None:
-        """Overwrite rows with rows of a different cache, which may have a smaller capacity."""
-        S = max(source.lengths[row] for row in source_rows)
-        C = S + self.ngram_context
-        self.memory[:, :, rows, :, :S] = source.memory[:, :, source_rows, :, :S]
-        self.ids[rows, :C] = source.ids[source_rows, :C]
-        for row, source_row in zip(rows, source_rows):
-            self.lengths[row] = source.lengths[source_row]
+    def copy_row(self, source: KVCache, source_row: int, rows: Sequence[int]) -> None:
+        """Overwrite rows with a row of a different cache, which may have a smaller capacity."""
+        S = source.lengths[source_row]
+        self.memory[:, :, rows, :, :S] = source.memory[:, :, [source_row], :, :S]
+        self.ids[rows, : self.ngram_context + S] = source.ids[source_row, : self.ngram_context + S]
+        for row in rows:
+            self.lengths[row] = S
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
