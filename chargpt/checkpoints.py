@@ -125,10 +125,10 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     if config.n_layer > len(weights):  # before any memory is allocated for so many
         raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
     try:
-        # The weights come from the file, and are not copied: none are allocated or drawn.
+        # The weights come from the file: none are allocated, drawn or copied.
         with torch.device("meta"), SkipNormal():
             gpt = GPT(config, len(vocabulary))
-        shared: dict[Tensor, nn.Parameter] = {}  # by several modules
+        shared: dict[Tensor, nn.Parameter] = {}  # several modules may have the same parameter
         for name, empty in gpt.named_parameters(remove_duplicate=False):
             if name in weights:
                 weights[name] = shared.setdefault(empty, nn.Parameter(weights[name]))

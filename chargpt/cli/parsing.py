@@ -27,7 +27,7 @@ def shipped_configs() -> dict[str, Path]:
     """The configurations of the package by name; in a clone their folder is beside it."""
     package = Path(__file__).parents[1]
     paths = list(package.glob("configs/*.yaml")) or package.parent.glob("configs/*.yaml")
-    return {path.stem: path for path in sorted(paths)}
+    return dict(sorted((path.stem, path) for path in paths))
 
 
 def find_config(name: str) -> str:
