@@ -38,9 +38,9 @@ def find_config(name: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        problem = f"cannot read --config {name}: {getattr(error, 'strerror', None) or error}"
         shipped = f"shipped configurations: {', '.join(shipped_configs())}"
-        fail(f"cannot read --config {name}: {reason}\n{shipped}", status=2)
+        fail(f"{problem if name else '--config needs a file'}\n{shipped}", status=2)
     with suppress(yaml.YAMLError, AttributeError, KeyError):  # jsonargparse says what is wrong
         for group in ("trainer", "model", "data", "generate"):  # but it would drop a value
             if not isinstance(value := yaml.safe_load(text).get(group, {}), dict):
