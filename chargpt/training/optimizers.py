@@ -1,17 +1,15 @@
 """Optimizers (AdamW, Muon) and learning rate schedules; add your own to the tables below."""
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step the odd
-# polynomial of degree five that brings singular values closest to 1, given the range that the
-# steps before it leave.
+# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step an odd polynomial
+# that brings singular values closest to 1 in the range that the steps before it leave.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -25,8 +23,8 @@ def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """Orthogonalize matrices (..., rows, columns) by a Newton-Schulz iteration.
 
     Every singular value becomes close to 1, closer with more steps (at most len(POLAR_EXPRESS));
-    singular vectors stay. It consists of matrix products only, which are fast: on CUDA in bfloat16,
-    elsewhere in float32, since CPUs without bfloat16 instructions are very slow in it.
+    singular vectors stay. CPUs without bfloat16 instructions are very slow in it, so only CUDA uses
+    it.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if tall := x.size(-2) > x.size(-1):
@@ -44,34 +42,34 @@ class MuonAdamW(Optimizer):
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps by the momentum
     with its singular values set to 1: every direction of a matrix moves by the same amount, rare
     ones too. Parameters hold `stacked` matrices, one below the other (3 for query, key and value),
-    and more if they have leading dimensions. AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)
-    divides the running mean of a weight's gradients by the root of that of their squares.
+    and more if they have leading dimensions.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        adamw = dict(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
-        super().__init__(groups, adamw | dict(muon=False, momentum=0.95, ns_steps=4, stacked=1))
+        fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+        self.adamw = torch.optim.AdamW(groups, fused=fused)  # completes the groups
+        muon = dict(muon=False, momentum=0.95, ns_steps=4, stacked=1)
+        super().__init__(self.adamw.param_groups, muon)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             loss = closure() if closure else None
+        self.adamw.state = self.state
+        self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self.adamw.step()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self.muon if group["muon"] else self.adamw)(group, parameters)
+            if group["muon"] and parameters:
+                self.muon_step(group, parameters)
         return loss
 
-    def buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """The state of that name of each parameter, at first zeros; a step counter is a scalar."""
+    def muon_step(self, group: dict[str, Any], parameters: list[Any]) -> None:
         for p in parameters:
-            if name not in self.state[p]:
-                scalar = torch.zeros((), device=p.device)
-                self.state[p][name] = scalar if name == "step" else torch.zeros_like(p)
-        return [self.state[p][name] for p in parameters]
-
-    def muon(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        gradients, momenta = [p.grad for p in parameters], self.buffers(parameters, "momentum")
+            if p not in self.state:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov momentum
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -82,23 +80,6 @@ class MuonAdamW(Optimizer):
             matrices = orthogonalize(matrices, group["ns_steps"]).reshape(len(members), *shape)
             lr = group["lr"] * max(1, rows / columns) ** 0.5  # output change independent of shape
             torch._foreach_add_([parameters[i] for i in members], matrices.unbind(), alpha=-lr)
-
-    def adamw(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            self.buffers(parameters, "mean"),
-            self.buffers(parameters, "square"),
-            [],  # maxima, for amsgrad
-            self.buffers(parameters, "step"),
-            fused=parameters[0].device.type in ("cpu", "cuda"),
-            beta1=beta1,
-            beta2=beta2,
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 def matrices_in(module: nn.Module) -> dict[nn.Parameter, int]:
@@ -111,18 +92,14 @@ def matrices_in(module: nn.Module) -> dict[nn.Parameter, int]:
     return matrices
 
 
-def adamw_groups(
-    module: nn.Module, config: Any, without: Container[nn.Parameter] = ()
-) -> list[dict[str, Any]]:
+def adamw_groups(module: nn.Module, config: Any, without: Any = ()) -> list[dict[str, Any]]:
     """Two parameter groups for AdamW: matrices, which are decayed, and vectors, which are not.
 
-    Vectors are biases and gains of norms: a gain pulled to 0 would remove its
-    channel, and biases are too few to overfit.
+    A gain pulled to 0 would remove its channel, and biases are too few to overfit.
     """
     betas = (config.beta1, config.beta2)
     adamw = dict(lr=config.lr, initial_lr=config.lr, betas=betas, eps=config.eps)
-    parameters = [p for p in module.parameters() if p not in without]
-    decayed = matrices_in(module)
+    parameters, decayed = [p for p in module.parameters() if p not in without], matrices_in(module)
     matrices = [p for p in parameters if p in decayed]
     vectors = [p for p in parameters if p not in decayed]
     return [
@@ -140,14 +117,9 @@ def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) ->
     """Muon for the matrices of the blocks, AdamW for embeddings, heads and vectors."""
     hidden = matrices_in(blocks)
     groups = adamw_groups(module, config, without=hidden)
-    muon = dict(
-        muon=True,
-        lr=config.muon_lr,
-        initial_lr=config.muon_lr,
-        weight_decay=config.muon_weight_decay,
-        momentum=config.muon_momentum,
-        ns_steps=config.muon_iterations,
-    )
+    lr, weight_decay = config.muon_lr, config.muon_weight_decay
+    muon = dict(muon=True, lr=lr, initial_lr=lr, weight_decay=weight_decay)
+    muon |= dict(momentum=config.muon_momentum, ns_steps=config.muon_iterations)
     for stacked in sorted(set(hidden.values())):
         matrices = [p for p in hidden if hidden[p] == stacked]
         groups.append(dict(params=matrices, stacked=stacked, **muon))
