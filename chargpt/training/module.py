@@ -1,38 +1,27 @@
 """GPTModule: one training step, one validation step, the optimizer; and their settings."""
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-    Timer,
-)
+from lightning import LightningModule, Trainer
+from lightning.pytorch import callbacks
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from chargpt.checkpoint_file import check_optimizer_state
-from chargpt.checkpoints import (
-    NETWORK_SETTINGS,
-    WEIGHT_SETTINGS,
-    build_network,
-    describe,
-    read_checkpoint,
-    resolve_checkpoint,
-)
+from chargpt.checkpoints import NETWORK_SETTINGS, WEIGHT_SETTINGS, describe
 from chargpt.data import CharDataModule
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import FRACTION, check
+from chargpt.text_generator import load
 from chargpt.training.optimizers import OPTIMIZERS, POLAR_EXPRESS, SCHEDULES
 from chargpt.vocabulary import Vocabulary
-
-CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class TrainingConfig(GPTConfig):
     """Sequence length warm-up, {context length: fraction of the run until which it is used}."""
     second_target: float = 0.0
     """Weight of an auxiliary loss for predicting the character after the next (multi-token
-    prediction); it decays to 0 halfway through the run."""
+    prediction); it falls to 0 halfway through the run."""
     compile: bool = False
     """Compile the network (torch.compile), which pays off on a GPU after a minute."""
     seed: int = 1337
@@ -84,29 +73,11 @@ class TrainingConfig(GPTConfig):
         most = len(POLAR_EXPRESS)
         check(self, "muon_iterations", f"1 to {most}", lambda n: 1 <= n <= most)
         if (self.optimizer == "muon") != (self.muon_lr is not None):
-            rule = "muon requires muon_lr (for example, 0.02); with adamw leave it unset"
-            raise UserError(f"optimizer {rule}")
+            raise UserError("optimizer muon requires muon_lr, such as 0.02; adamw has none")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
                 rule = f"lengths must divide block_size {self.block_size}, fractions be in (0, 1]"
                 raise UserError(f"short_contexts has {length}: {until}; {rule}")
-
-    def context_at(self, progress: float) -> int:
-        """Context length when the fraction `progress` of the run is over."""
-        for length, until in sorted((self.short_contexts or {}).items()):
-            if progress < until:
-                return length
-        return self.block_size
-
-    def second_target_at(self, progress: float) -> float:
-        """Weight of the second loss when the fraction `progress` of the run is over."""
-        return self.second_target * max(0.0, 1 - 2 * progress)
-
-    def lr_factor_at(self, step: int, progress: float, total_steps: int | None = None) -> float:
-        """Fraction of the peak learning rate: a function of the progress, not a state."""
-        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        decay = SCHEDULES[self.schedule](step, progress, total_steps)
-        return warmup * (self.min_lr_ratio + (1 - self.min_lr_ratio) * decay)
 
 
 class GPTModule(LightningModule):
@@ -130,16 +101,14 @@ class GPTModule(LightningModule):
     def init_from(cls, path: str | Path | None = None, **settings: Any) -> "GPTModule":
         """A module that starts with the weights of a checkpoint, for a new run on any text.
 
-        Characters that only the new text has are appended to the vocabulary.
-
-        Args:
-            path: The checkpoint: its path, or "best" (the default) or "last" of the newest run.
-            settings: Those of training, and dropouts; all others are the checkpoint's.
+        `path` may be "last" or "best" (the default), of the newest run. `settings` are those of
+        training, and dropouts; all others are the checkpoint's. Characters that only the new text
+        has are appended to the vocabulary.
         """
-        path = resolve_checkpoint(path)
-        gpt, vocabulary = build_network(read_checkpoint(path), path)
-        module = cls(**settings, **{name: getattr(gpt.config, name) for name in WEIGHT_SETTINGS})
-        module.initial = gpt, vocabulary
+        start = load(path)
+        network = {name: getattr(start.gpt.config, name) for name in WEIGHT_SETTINGS}
+        module = cls(**settings, **network)
+        module.initial = start.gpt, start.vocabulary
         return module
 
     def build(self, vocabulary: Vocabulary) -> None:
@@ -148,38 +117,31 @@ class GPTModule(LightningModule):
             torch.manual_seed(self.config.seed)
             network = {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
             self.gpt = GPT(GPTConfig(**network), len(vocabulary))
-            if self.initial:
-                copy_weights(self.initial[0], self.gpt)
+            if self.initial:  # the rows of additional characters keep their initial values
+                weights = self.gpt.state_dict()
+                for name, weight in self.initial[0].state_dict().items():
+                    weights[name][tuple(map(slice, weight.shape))] = weight
             self.second_head = None
             if self.config.second_target:  # used in training only, so it is not part of the GPT
                 self.second_head = nn.Linear(self.config.n_embd, len(vocabulary), bias=False)
                 nn.init.zeros_(self.second_head.weight)
         self.vocabulary = vocabulary
-        self.hidden_states = GPT.hidden_states  # a function, so that no module is registered twice
-        if self.config.compile:
-            self.hidden_states = torch.compile(GPT.hidden_states)
+        hidden_states = GPT.hidden_states  # a function, so that no module is registered twice
+        self.hidden_states = torch.compile(hidden_states) if self.config.compile else hidden_states
 
     @property
     def context(self) -> int:
         """The context length that the run trains on at present."""
-        return self.config.context_at(self.progress)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the next character at every position, (B, T) -> (B, T, V)."""
-        return self.gpt(ids)
-
-    @property
-    def has_no_trainer(self) -> bool:
-        """As in `load_from_checkpoint`."""
-        try:
-            return not self.trainer
-        except RuntimeError:
-            return True
+        for length, until in sorted((self.config.short_contexts or {}).items()):
+            if self.progress < until:
+                return length
+        return self.config.block_size
 
     def configure_model(self) -> None:
-        if self.has_no_trainer:
-            return  # on_load_checkpoint builds the network
-        check_trainer(self.trainer, self.config)
+        try:
+            check_trainer(self.trainer, self.config)
+        except RuntimeError:  # no Trainer: in load_from_checkpoint, on_load_checkpoint builds
+            return
         data = datamodule_of(self.trainer)
         if not hasattr(self, "gpt"):
             known = self.initial[1] if self.initial else Vocabulary("")
@@ -192,16 +154,14 @@ class GPTModule(LightningModule):
             raise diverged("a weight", math.nan, self.global_step)
         ours = describe(self.vocabulary)
         checkpoint["vocabulary"] = ours["vocabulary"]
-        ours["chargpt"]["context"] = self.context
-        checkpoint["chargpt"] = checkpoint.get("chargpt", {}) | ours["chargpt"]
+        checkpoint.setdefault("chargpt", {}).update(ours["chargpt"], context=self.context)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self.has_no_trainer:
-            check_same_model(checkpoint["hyper_parameters"], self.config)
+        check_same_model(checkpoint["hyper_parameters"], self.config)
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
             self.build(vocabulary)
-            if not self.has_no_trainer:
+            with suppress(RuntimeError):  # no Trainer, in load_from_checkpoint
                 datamodule_of(self.trainer).use_vocabulary(vocabulary)
 
     def loss(self, hidden: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
@@ -212,16 +172,25 @@ class GPTModule(LightningModule):
     def second_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Weighted cross-entropy of the character after the next (Gloeckle et al. 2024)."""
         assert self.second_head is not None
-        weight = self.config.second_target_at(self.progress)
+        weight = self.config.second_target * max(0.0, 1 - 2 * self.progress)
         if weight == 0:  # but DistributedDataParallel waits for a gradient of all weights
             return 0.0 * self.second_head.weight.sum()
         # The target of position t is that of position t + 1; the last position has none.
         return weight * self.loss(hidden[:, :-1], targets[:, 1:], self.second_head)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        limit = self.trainer.max_steps
-        steps = self.global_step / limit if limit > 0 else 0.0
-        self.progress = min(1.0, max(steps, elapsed_fraction(self.trainer)))
+        """Update `progress`: in steps or in time, whichever is closer to its limit."""
+        trainer = self.trainer
+        progress = self.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+        timers = callbacks_of(trainer, callbacks.Timer)
+        for timer in timers:
+            if (remaining := timer.time_remaining()) is not None:
+                elapsed = timer.time_elapsed()
+                progress = max(progress, elapsed / (elapsed + max(remaining, 0.0)))
+        if timers and trainer.world_size > 1:  # with different clocks
+            agreed = torch.tensor(progress, device=self.device)
+            progress = float(trainer.strategy.reduce(agreed, reduce_op="max"))
+        self.progress = min(1.0, progress)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         batch, context = batch.long(), self.context  # (B, T + 1), narrow integers until here
@@ -230,8 +199,11 @@ class GPTModule(LightningModule):
         self.seed_dropout(batch_idx)
         hidden = self.hidden_states(self.gpt, ids)
         loss = self.loss(hidden, targets)
-        if self.logs_this_step:
-            self.log_progress(loss.detach())
+        if self.logs_this_step:  # the mean of all ranks, which then stop together
+            mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")  # in place
+            if not math.isfinite(mean.item()):
+                raise diverged("training loss", mean.item(), self.global_step + 1)
+            self.log("train_loss", mean, prog_bar=True)
         return loss if self.second_head is None else loss + self.second_loss(hidden, targets)
 
     def seed_dropout(self, batch_idx: int) -> None:
@@ -247,13 +219,6 @@ class GPTModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 if barebones
         return every > 0 and (self.global_step == 0 or (self.global_step + 1) % every == 0)
 
-    def log_progress(self, loss: Tensor) -> None:
-        # The mean of all ranks, which then stop together; reduced in place, so a copy.
-        loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
-        if not math.isfinite(loss.item()):
-            raise diverged("training loss", loss.item(), self.global_step + 1)
-        self.log("train_loss", loss, prog_bar=True)
-
     def on_validation_epoch_start(self) -> None:
         # In full precision, whatever the network computes in; MPS has no float64.
         self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
@@ -262,14 +227,10 @@ class GPTModule(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if len(batch) == 0:  # a rank with no sequence left
             return
-        batch = batch.long()
-        T = batch.size(1) - 1
         # A run that trains on short contexts has not learned to use longer ones yet.
-        context = min(T, self.context) if self.trainer.state.fn == "fit" else T
-        size = T // context * context  # the last sequence of a split may leave a remainder
-        for ids, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1)):
-            length = min(context, ids.size(1))
-            ids, targets = ids.reshape(-1, length), targets.reshape(-1, length)
+        context = self.context if self.trainer.state.fn == "fit" else self.config.block_size
+        batch = batch.long()
+        for ids, targets in zip(batch[:, :-1].split(context, 1), batch[:, 1:].split(context, 1)):
             loss = self.loss(self.hidden_states(self.gpt, ids), targets)
             self.mean_loss.update(loss, targets.numel())
 
@@ -279,8 +240,7 @@ class GPTModule(LightningModule):
         loss = self.mean_loss.compute()  # of all ranks together
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
-        self.log(f"{split}_loss", loss)
-        self.log(f"{split}_bpc", loss / math.log(2))
+        self.log_dict({f"{split}_loss": loss, f"{split}_bpc": loss / math.log(2)})
         count = self.mean_loss.weight.clone()  # reduced in place
         self.scored = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
 
@@ -294,23 +254,15 @@ class GPTModule(LightningModule):
         clips_mixed = self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision)
         fused = self.device.type in ("cpu", "cuda") and not clips_mixed
         optimizer = OPTIMIZERS[self.config.optimizer](self, self.gpt.blocks, self.config, fused)
-        settings = [dict(group) for group in optimizer.param_groups]
-
-        def keep_settings(optimizer: torch.optim.Optimizer) -> None:
-            # Loading has restored those of the checkpoint.
-            for group, own in zip(optimizer.param_groups, settings):
-                group.update(own)
-
-        def check_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-            check_optimizer_state(state, [group["params"] for group in optimizer.param_groups])
-
-        optimizer.register_load_state_dict_pre_hook(check_state)
-        optimizer.register_load_state_dict_post_hook(keep_settings)
+        optimizer.register_load_state_dict_pre_hook(keep_settings)
         return optimizer
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        factor = self.config.lr_factor_at(self.global_step, self.progress, total)
+        # A function of the progress, not a state.
+        config, step, steps = self.config, self.global_step, self.trainer.max_steps
+        decay = SCHEDULES[config.schedule](step, self.progress, steps if steps > 0 else None)
+        warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        factor = warmup * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
         for group in optimizer.param_groups:
             # Those of a subclass have no peak, or a scheduler of torch.
             if "initial_lr" in group and not self.trainer.lr_scheduler_configs:
@@ -319,50 +271,34 @@ class GPTModule(LightningModule):
             self.log("lr", optimizer.param_groups[0]["lr"])
 
 
-@torch.no_grad()
-def copy_weights(source: GPT, target: GPT) -> None:
-    """Copy all weights; the rows of additional characters keep their initial values."""
-    weights = target.state_dict()
-    for name, weight in source.state_dict().items():
-        weights[name][tuple(map(slice, weight.shape))] = weight
-
-
-def elapsed_fraction(trainer: Trainer) -> float:
-    """Fraction of `trainer.max_time` that is over, the same on all ranks; 0 if there is none."""
-    fraction = 0.0
-    for timer in callbacks_of(trainer, Timer):
-        if (remaining := timer.time_remaining()) is not None:
-            elapsed = timer.time_elapsed()
-            fraction = max(fraction, elapsed / (elapsed + max(remaining, 0.0)))
-    if callbacks_of(trainer, Timer) and trainer.world_size > 1:
-        agreed = torch.tensor(fraction, device=trainer.strategy.root_device)
-        fraction = float(trainer.strategy.reduce(agreed, reduce_op="max"))
-    return fraction
+def keep_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer state to load: checked, and with the settings that the optimizer has now."""
+    own = optimizer.param_groups
+    check_optimizer_state(saved, [group["params"] for group in own])
+    groups = [group | {"params": old["params"]} for group, old in zip(own, saved["param_groups"])]
+    return saved | {"param_groups": groups}
 
 
 def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
     """Refuse a Trainer that would never end, never validate, or silently do something else."""
     if (data := datamodule_of(trainer)) is None:
         raise UserError("a GPTModule needs a CharDataModule: pass it as `datamodule`")
-    model_size, data_size = config.block_size, data.hparams["block_size"]
-    if model_size != data_size:
-        raise UserError(f"block_size is {model_size} in the GPTModule, but {data_size} in the data")
+    size, data_size = config.block_size, data.hparams["block_size"]
+    if size != data_size:
+        raise UserError(f"block_size is {size} in the GPTModule, but {data_size} in the data")
     if trainer.state.fn != "fit":
         return
-    if callbacks_of(trainer, StochasticWeightAveraging):
+    if callbacks_of(trainer, callbacks.StochasticWeightAveraging):
         raise UserError("StochasticWeightAveraging needs epochs; use EMAWeightAveraging")
-    if callbacks_of(trainer, GradientAccumulationScheduler):
+    if callbacks_of(trainer, callbacks.GradientAccumulationScheduler):
         raise UserError("GradientAccumulationScheduler needs epochs; set accumulate_grad_batches")
-    counts_epochs = trainer.max_epochs not in (None, -1)
-    if type(trainer.limit_train_batches) is not int:
-        why = "the training data is endless"
-        if counts_epochs:
-            raise UserError(f"{why}: set max_steps, or use max_epochs with limit_train_batches")
+    if type(trainer.limit_train_batches) is not int:  # the training data is endless
+        if trainer.max_epochs not in (None, -1):
+            raise UserError("epochs never end: set max_steps, or limit_train_batches")
         if trainer.enable_validation and type(trainer.val_check_interval) is not int:
-            raise UserError(f"{why}: set val_check_interval to a number of batches")
+            raise UserError("epochs never end: set val_check_interval to a number of batches")
     scheduled = config.schedule != "constant" or config.short_contexts or config.second_target
-    endless = trainer.max_steps == -1 and not counts_epochs and not callbacks_of(trainer, Timer)
-    if scheduled and endless:
+    if scheduled and trainer.max_steps == -1 and not callbacks_of(trainer, callbacks.Timer):
         raise UserError("schedule, short_contexts and second_target need max_steps or max_time")
 
 
@@ -371,7 +307,7 @@ def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
     for name in (*WEIGHT_SETTINGS, "optimizer", "second_target"):
         before, now = saved.get(name), getattr(config, name)
         same = before == now
-        if name == "second_target":  # the weight may change, but the second head is there or not
+        if name == "second_target":  # its value may change, but the second head is there or not
             same = bool(before) == bool(now)
         longer = name == "block_size" and config.position == "rotary"  # no weight depends on it
         if name in saved and not (same or longer):
@@ -381,8 +317,7 @@ def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
             )
 
 
-def callbacks_of(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
-    """The callbacks of a class."""
+def callbacks_of(trainer: Trainer, kind: type) -> list[Any]:
     return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
 
