@@ -85,17 +85,14 @@ def test_a_run_leaves_its_best_and_last_checkpoint_and_its_settings(trained):
     assert config["data"]["block_size"] == 8
 
 
-def test_tensorboard_gets_scalars_samples_and_the_best_loss(trained):
+def test_tensorboard_gets_scalars_and_samples(trained):
     found = events(trained / RUN)
     tags = found.Tags()
-    assert {"train_loss", "val_loss", "val_bpc", "lr", "chars_per_second", "best_val_loss"} <= set(
-        tags["scalars"]
-    )
+    scalars = {"train_loss", "val_loss", "val_bpc", "lr", "chars_per_second"}
+    assert scalars <= set(tags["scalars"])
     assert {"sample/text_summary"} <= set(tags["tensors"])
     assert [sample.step for sample in found.Tensors("sample/text_summary")] == [4, 8]
     assert [point.step for point in found.Scalars("val_loss")] == [3, 7]  # Lightning counts from 0
-    best = min(point.value for point in found.Scalars("val_loss"))
-    assert found.Scalars("best_val_loss")[0].value == pytest.approx(best)
 
 
 def test_validate_prints_the_loss_in_full_and_leaves_nothing_behind(trained, command):
@@ -164,14 +161,12 @@ def test_predict_and_validate_need_neither_the_folder_nor_a_configuration(
 
 
 def test_fit_resumes_in_the_same_folder_as_if_it_had_never_stopped(run, folder, command):
-    best_before = events(run / RUN).Scalars("best_val_loss")[0].value
     result = command(run, *RESUME, "--trainer.max_steps=12")
     assert result.status == 0, result.err
     assert "resumed  after step 8" in result.err
     assert os.listdir(run / "lightning_logs") == ["version_0"]
     assert read(run / LAST)["global_step"] == 12
     assert [point.step for point in events(run / RUN).Scalars("val_loss")] == [3, 7, 11]
-    assert events(run / RUN).Scalars("best_val_loss")[-1].value <= best_before
     assert command(folder, "fit", "--config=tiny.yaml", "--trainer.max_steps=12").status == 0
     resumed, whole = (read(at / LAST)["state_dict"] for at in (run, folder))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)

@@ -5,14 +5,13 @@ import shlex
 import sys
 import time
 import warnings
-from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
@@ -26,47 +25,38 @@ REDRAW_S = 0.5
 SAMPLE_CHARS = 300
 
 
-class StepProgressBar(TQDMProgressBar):
-    """Progress bar of steps with the time left, in terminals and notebooks only.
+class StepProgressBar(ProgressBar):
+    """A bar of the whole run with the time left, in terminals and notebooks only.
 
     It reads metrics, which waits for the device, only when it is drawn.
     """
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        super().setup(trainer, module, stage)
-        if not sys.stdout.isatty() and not hasattr(sys, "ps1"):  # notebooks have a prompt
-            self.disable()
+    is_enabled = False  # as far as Lightning's `print` is concerned
+    bar: tqdm | None = None
 
-    @property
-    def train_description(self) -> str:
-        return step_of(self.trainer)
+    def disable(self) -> None:
+        """Lightning calls this on all ranks but the first, which alone has a bar."""
 
-    def init_train_tqdm(self) -> Any:
-        self.drawn_at: float | None = None
-        bar = super().init_train_tqdm()
-        bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
-        bar.leave = False
-        bar.reset(total=1.0)  # the whole run, in steps or in time, whichever limits it
-        return bar
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        if self.bar is None:
+            hidden = not sys.stdout.isatty() and not hasattr(sys, "ps1")  # notebooks have a prompt
+            form = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
+            bar = dict(total=1.0, initial=module.progress, bar_format=form, leave=False)
+            self.bar = tqdm(disable=hidden, file=sys.stdout, dynamic_ncols=True, **bar)
+            self.drawn_at = -math.inf
+        now = time.perf_counter()
+        if now - self.drawn_at > REDRAW_S and not self.bar.disable:
+            self.bar.n, self.drawn_at = module.progress, now
+            self.bar.set_description_str(step_of(trainer), refresh=False)
+            self.bar.set_postfix(trainer.progress_bar_metrics)
 
-    def on_train_epoch_start(self, *args: Any) -> None:
-        """Lightning would count the batches of this epoch."""
+    def close(self, *_: Any, **__: Any) -> None:
+        if self.bar:
+            self.bar.close()
+            self.bar = None
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
-        bar, now = self.train_progress_bar, time.perf_counter()
-        if self.drawn_at is None:
-            bar.initial = module.progress  # above 0 when a run is resumed
-        if self.drawn_at is None or now - self.drawn_at > REDRAW_S:
-            bar.n, self.drawn_at = module.progress, now
-            bar.set_description_str(self.train_description, refresh=False)
-            bar.set_postfix(self.get_metrics(trainer))
-
-    def on_exception(self, *args: Any) -> None:
-        with suppress(TypeError):  # there is no bar yet
-            self.train_progress_bar.close()  # or an error message would start on its line
-
-    def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
-        return dict(trainer.progress_bar_metrics)  # without the version of the run
+    on_train_end = on_exception = close
 
 
 class RunReport(Callback):
@@ -76,58 +66,47 @@ class RunReport(Callback):
         self.run, self.show_samples = run, show_samples
 
     @rank_zero_only
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.started_at = time.perf_counter()
-        data, device = datamodule_of(trainer), trainer.strategy.root_device
-        corpus, files = data.corpus, len(data.corpus.source.files)
-        network = getattr(module, "gpt", module)  # without the second head
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        on_cpu, bf16 = device.type == "cpu", "bf16" in str(trainer.precision)
-        amx = on_cpu and torch.cpu.get_capabilities().get("amx_bf16", False)
-        hint = " (--trainer.precision bf16-mixed may be faster)" if amx and not bf16 else ""
-        if on_cpu and bf16 and not amx:
+        data, precision, device = datamodule_of(trainer), str(trainer.precision), module.device
+        slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+        if slow and "bf16" in precision:
             warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
-        devices, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        source, files = data.corpus.source, len(data.corpus.source.files)
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
-        plural = "s" * (devices > 1)
-        factors = (
-            f" ({data.hparams['batch_size']} x {devices} device{plural} x {accumulate} accumulated)"
-        )
-        write(
-            f"model    {sum(p.numel() for p in network.parameters()):,} parameters\n"
-            f"corpus   {corpus.source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
-            f"         {len(corpus.tokens):,} characters, {len(data.vocabulary)} distinct\n"
+        length = data.hparams["block_size"]
+        tqdm.write(
+            f"model    {sum(p.numel() for p in module.gpt.parameters()):,} parameters\n"
+            f"corpus   {source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
+            f"         {len(data.corpus.tokens):,} characters, {len(data.vocabulary)} distinct\n"
             f"         {split}\n"
-            f"batch    {sequences_per_step(trainer)} sequences of {data.hparams['block_size']} "
-            f"characters{factors if devices * accumulate > 1 else ''}\n"
-            f"device   {name}, precision {trainer.precision}{hint}\n"
+            f"batch    {sequences_per_step(trainer)} sequences of {length} characters\n"
+            f"device   {name}, precision {precision}\n"
             f"run      {self.run.folder if self.run else 'not saved'}"
         )
         if trainer.global_step:
-            write(f"resumed  after step {trainer.global_step}")
+            tqdm.write(f"resumed  after step {trainer.global_step}")
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        is_first = trainer.global_step == 1 and batch_idx + 1 == trainer.accumulate_grad_batches
-        if is_first and "train_loss" in trainer.callback_metrics:
-            loss = trainer.callback_metrics["train_loss"].item()
-            V = len(datamodule_of(trainer).vocabulary)
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        batches, metrics = trainer.fit_loop.total_batch_idx + 1, trainer.callback_metrics
+        first = trainer.global_step == 1 and batches == trainer.accumulate_grad_batches
+        if first and "train_loss" in metrics:
+            loss, V = metrics["train_loss"].item(), len(module.vocabulary)
             guess = f"random guessing: ln {V} = {math.log(V):.3f}"
-            write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
+            tqdm.write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             for logger in trainer.loggers if every > 1 else ():
                 logger.log_metrics({"train_loss": loss}, 0)  # Lightning logs no step before that
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(module, GPTModule)
         new, metrics = validation_of(trainer, module), trainer.callback_metrics
-        bits = new.loss / math.log(2)
         best = "*" if self.run and new.is_better_than(self.run.best) else " "
+        bits = new.loss / math.log(2)
         line = f"{step_of(trainer)}  val_loss {new.loss:.3f}{best} ({bits:.2f} bits)"
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if "train_loss" in metrics and trainer.global_step >= every:  # not that of the first step
@@ -135,49 +114,40 @@ class RunReport(Callback):
         if "chars_per_second" in metrics:
             line += f"  {tqdm.format_sizeof(metrics['chars_per_second'].item())} chars/s"
         elapsed = tqdm.format_interval(time.perf_counter() - self.started_at)
-        write(f"{line}  {elapsed.removeprefix('0')}")
-        boards = tensorboards(trainer)
+        tqdm.write(f"{line}  {elapsed.removeprefix('0')}")
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards or self.show_samples:
-            gpt = copy(module.gpt)
-            gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
-            generator = TextGenerator(gpt, module.vocabulary)
-            text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
-            indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim
+            sample = sample_of(module)
             for board in boards:
-                board.experiment.add_text("sample", indented, trainer.global_step)
+                board.experiment.add_text("sample", sample, trainer.global_step)
             if self.show_samples and sys.stdout.isatty():
-                write(indented)
+                tqdm.write(sample)
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
         for stopping in trainer.early_stopping_callbacks:
             if stopping.stopping_reason_message:
-                write(f"EarlyStopping stopped the run: {stopping.stopping_reason_message}")
+                tqdm.write(f"EarlyStopping stopped the run: {stopping.stopping_reason_message}")
         if self.run and (best := self.run.best):
-            write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
+            tqdm.write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
             if more := trainer.global_step - best.step:
-                steps = f"{more} more step{'s' * (more > 1)}"
-                write(f"{steps} did not lower it; if train_loss fell, the network overfits")
+                tqdm.write(f"{more} more steps did not lower it; if train_loss fell, it overfits")
             path = shlex.quote(str(self.run.path(BEST)))
-            write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
-            for board in tensorboards(trainer):
-                hparams = {**datamodule_of(trainer).hparams, **module.hparams}
-                scores = {"best_val_loss": best.loss}
-                board.log_hyperparams(hparams, scores, step=trainer.global_step)
+            tqdm.write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
 
 
-def write(text: str) -> None:
-    """Print above a progress bar, if there is one."""
-    tqdm.write(text, file=sys.stdout)
+def sample_of(module: GPTModule) -> str:
+    """A text of the network, indented, which is verbatim in Markdown."""
+    gpt = copy(module.gpt)
+    gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
+    generator = TextGenerator(gpt, module.vocabulary)
+    text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
+    return "\n".join("    " + line for line in text.splitlines())
 
 
 def step_of(trainer: Trainer) -> str:
     total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
     return f"step {trainer.global_step}{total}"
-
-
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 class Throughput(Callback):
@@ -186,23 +156,20 @@ class Throughput(Callback):
     The first batch (which warms up, or compiles) and those after a validation are not timed.
     """
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.ended_at: float | None = None
-        self.batches, self.seconds = 0, 0.0
+    def restart(self, *_: Any, **__: Any) -> None:
+        self.started_at: float | None = None
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.ended_at = None
+    on_train_start = on_validation_start = restart
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: torch.Tensor, *_: Any
+        self, trainer: Trainer, module: Any, outputs: Any, batch: torch.Tensor, *_: Any
     ) -> None:
-        now = time.perf_counter()
-        if self.ended_at is not None:
-            self.batches += 1
-            self.seconds += now - self.ended_at
-        self.ended_at = now
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.batches > 0 and every > 0 and trainer.global_step % every == 0:
+        now, every = time.perf_counter(), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.started_at is None:
+            self.started_at, self.batches = now, 0
+            return
+        self.batches += 1
+        if every > 0 and trainer.global_step % every == 0:
             characters = self.batches * batch.size(0) * (batch.size(1) - 1) * trainer.world_size
-            module.log("chars_per_second", characters / self.seconds)
-            self.batches, self.seconds = 0, 0.0
+            module.log("chars_per_second", characters / (now - self.started_at))
+            self.started_at, self.batches = now, 0
