@@ -72,11 +72,11 @@ def test_a_run_ends_with_its_best_loss_and_the_command_that_generates_from_it(tm
     folder = tmp_path / "a run"
     end = shown(folder, module=with_losses(2.0, 1.5, 1.75)).splitlines()[-3:]
     assert end[0] == "best validation loss 1.5000 (marked *), after step 8"
-    assert end[1].startswith("4 more steps did not lower it")
+    assert end[1].startswith("steps since then: 4;")
     path = folder / "checkpoints" / "best.ckpt"
     assert end[2] == f"generate with it: python -m chargpt predict --ckpt_path '{path}'"
     improving = shown(tmp_path / "improving", module=with_losses(2.0, 1.5, 1.25))
-    assert "more steps" not in improving
+    assert "since then" not in improving
 
 
 class First(Callback):

@@ -39,15 +39,6 @@ def train(folder, *callbacks, model=None, data=None, ckpt_path=None, **settings)
 # ---- the mean over a split ----
 
 
-def test_mean_loss_weighs_by_characters_and_sees_nan():
-    mean = make_module().mean_loss
-    mean.update(torch.tensor(2.0), 30)
-    mean.update(torch.tensor(5.0), 10)
-    assert mean.compute() == 2.75
-    mean.update(torch.tensor(math.nan), 1)
-    assert mean.compute().isnan()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")

@@ -4,7 +4,6 @@ import math
 import shlex
 import sys
 import time
-import warnings
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
 from chargpt.checkpoints import BEST
@@ -21,6 +20,7 @@ from chargpt.text_generator import TextGenerator
 from chargpt.training.checkpointing import RunCheckpoint, sequences_per_step, validation_of
 from chargpt.training.module import GPTModule, datamodule_of
 
+write = rank_zero_only(tqdm.write)  # above a progress bar, if there is one
 REDRAW_S = 0.5
 SAMPLE_CHARS = 300
 
@@ -65,18 +65,17 @@ class RunReport(Callback):
     def __init__(self, run: RunCheckpoint | None, show_samples: bool = False) -> None:
         self.run, self.show_samples = run, show_samples
 
-    @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.started_at = time.perf_counter()
         data, precision, device = datamodule_of(trainer), str(trainer.precision), module.device
         slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
         if slow and "bf16" in precision:
-            warnings.warn("bf16 is slower than float32 on most CPUs without AMX", stacklevel=1)
+            rank_zero_warn("bf16 is slower than float32 on most CPUs without AMX")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         source, files = data.corpus.source, len(data.corpus.source.files)
         split = f"{len(data.train_tokens):,} for training, {len(data.val_tokens):,} for validation"
         length = data.hparams["block_size"]
-        tqdm.write(
+        write(
             f"model    {sum(p.numel() for p in module.gpt.parameters()):,} parameters\n"
             f"corpus   {source.path}{f' ({files:,} files)' if files > 1 else ''}\n"
             f"         {len(data.corpus.tokens):,} characters, {len(data.vocabulary)} distinct\n"
@@ -86,16 +85,15 @@ class RunReport(Callback):
             f"run      {self.run.folder if self.run else 'not saved'}"
         )
         if trainer.global_step:
-            tqdm.write(f"resumed  after step {trainer.global_step}")
+            write(f"resumed  after step {trainer.global_step}")
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         batches, metrics = trainer.fit_loop.total_batch_idx + 1, trainer.callback_metrics
         first = trainer.global_step == 1 and batches == trainer.accumulate_grad_batches
         if first and "train_loss" in metrics:
             loss, V = metrics["train_loss"].item(), len(module.vocabulary)
             guess = f"random guessing: ln {V} = {math.log(V):.3f}"
-            tqdm.write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
+            write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             for logger in trainer.loggers if every > 1 else ():
                 logger.log_metrics({"train_loss": loss}, 0)  # Lightning logs no step before that
@@ -114,26 +112,25 @@ class RunReport(Callback):
         if "chars_per_second" in metrics:
             line += f"  {tqdm.format_sizeof(metrics['chars_per_second'].item())} chars/s"
         elapsed = tqdm.format_interval(time.perf_counter() - self.started_at)
-        tqdm.write(f"{line}  {elapsed.removeprefix('0')}")
+        write(f"{line}  {elapsed.removeprefix('0')}")
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards or self.show_samples:
             sample = sample_of(module)
             for board in boards:
                 board.experiment.add_text("sample", sample, trainer.global_step)
             if self.show_samples and sys.stdout.isatty():
-                tqdm.write(sample)
+                write(sample)
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         for stopping in trainer.early_stopping_callbacks:
             if stopping.stopping_reason_message:
-                tqdm.write(f"EarlyStopping stopped the run: {stopping.stopping_reason_message}")
+                write(f"EarlyStopping stopped the run: {stopping.stopping_reason_message}")
         if self.run and (best := self.run.best):
-            tqdm.write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
+            write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
             if more := trainer.global_step - best.step:
-                tqdm.write(f"{more} more steps did not lower it; if train_loss fell, it overfits")
+                write(f"steps since then: {more}; if they lowered train_loss, the network overfits")
             path = shlex.quote(str(self.run.path(BEST)))
-            tqdm.write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
+            write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
 
 
 def sample_of(module: GPTModule) -> str:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch import callbacks
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from chargpt.checkpoint_file import check_optimizer_state
 from chargpt.checkpoints import NETWORK_SETTINGS, WEIGHT_SETTINGS, describe
@@ -91,10 +90,7 @@ class GPTModule(LightningModule):
         super().__init__()
         self.config = TrainingConfig(**settings)
         self.save_hyperparameters(asdict(self.config))
-        # NaN counts: a loss that is not a number must not vanish from the mean.
-        self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 1.0  # fraction of the run that is over; set by each training batch
-        self.scored = 0  # characters in the last evaluation
         self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
 
     @classmethod
@@ -153,8 +149,8 @@ class GPTModule(LightningModule):
         if not all(p.isfinite().all() for p in self.gpt.parameters()):
             raise diverged("a weight", math.nan, self.global_step)
         ours = describe(self.vocabulary)
-        checkpoint["vocabulary"] = ours["vocabulary"]
-        checkpoint.setdefault("chargpt", {}).update(ours["chargpt"], context=self.context)
+        own = checkpoint.get("chargpt", {}) | ours["chargpt"] | {"context": self.context}
+        checkpoint |= ours | {"chargpt": own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_model(checkpoint["hyper_parameters"], self.config)
@@ -221,8 +217,8 @@ class GPTModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # In full precision, whatever the network computes in; MPS has no float64.
-        self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
-        self.mean_loss.reset()
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, dtype=dtype, device=self.device)  # of losses, and of characters
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if len(batch) == 0:  # a rank with no sequence left
@@ -232,17 +228,17 @@ class GPTModule(LightningModule):
         batch = batch.long()
         for ids, targets in zip(batch[:, :-1].split(context, 1), batch[:, 1:].split(context, 1)):
             loss = self.loss(self.hidden_states(self.gpt, ids), targets)
-            self.mean_loss.update(loss, targets.numel())
+            self.sums[0] += loss.to(self.sums.dtype) * targets.numel()
+            self.sums[1] += targets.numel()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all characters of the split, in nats and in bits (bpc)."""
         split = "test" if self.trainer.testing else "val"
-        loss = self.mean_loss.compute()  # of all ranks together
+        total, characters = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        loss, self.scored = total / characters, int(characters)
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
         self.log_dict({f"{split}_loss": loss, f"{split}_bpc": loss / math.log(2)})
-        count = self.mean_loss.weight.clone()  # reduced in place
-        self.scored = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -258,9 +254,8 @@ class GPTModule(LightningModule):
         return optimizer
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # A function of the progress, not a state.
-        config, step, steps = self.config, self.global_step, self.trainer.max_steps
-        decay = SCHEDULES[config.schedule](step, self.progress, steps if steps > 0 else None)
+        config, step, total = self.config, self.global_step, self.trainer.max_steps
+        decay = SCHEDULES[config.schedule](step, self.progress, total if total > 0 else None)
         warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
         factor = warmup * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
         for group in optimizer.param_groups:
@@ -283,9 +278,10 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
     """Refuse a Trainer that would never end, never validate, or silently do something else."""
     if (data := datamodule_of(trainer)) is None:
         raise UserError("a GPTModule needs a CharDataModule: pass it as `datamodule`")
-    size, data_size = config.block_size, data.hparams["block_size"]
-    if size != data_size:
-        raise UserError(f"block_size is {size} in the GPTModule, but {data_size} in the data")
+    if config.block_size != (size := data.hparams["block_size"]):
+        raise UserError(
+            f"block_size is {config.block_size} in the GPTModule, but {size} in the data"
+        )
     if trainer.state.fn != "fit":
         return
     if callbacks_of(trainer, callbacks.StochasticWeightAveraging):
@@ -306,11 +302,9 @@ def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
     """Refuse a checkpoint of a different network or optimizer, also if its weights would fit."""
     for name in (*WEIGHT_SETTINGS, "optimizer", "second_target"):
         before, now = saved.get(name), getattr(config, name)
-        same = before == now
-        if name == "second_target":  # its value may change, but the second head is there or not
-            same = bool(before) == bool(now)
         longer = name == "block_size" and config.position == "rotary"  # no weight depends on it
-        if name in saved and not (same or longer):
+        has_head = name == "second_target" and before and now
+        if name in saved and before != now and not (longer or has_head):
             raise UserError(
                 f"{name} is {before} in the checkpoint and cannot be changed to {now}: its weights "
                 "or optimizer state would not fit\ntrain a new model to change it"
