@@ -65,6 +65,13 @@ def test_validation_loss_is_the_mean_over_all_characters_but_the_first(trained, 
     assert scores["val_bpc"] == pytest.approx(sum(losses) / 152 / math.log(2), abs=1e-6)
 
 
+def test_a_validation_loss_that_is_not_a_number_is_reported(trained, monkeypatch):
+    folder, module = trained
+    monkeypatch.setattr(GPTModule, "loss", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(UserError, match="val_loss is nan"):
+        make_trainer(folder).validate(module, make_data(folder), verbose=False)
+
+
 SHORT = [dict(position="rotary"), dict(position="learned")]
 
 
