@@ -18,7 +18,7 @@ from tqdm import tqdm
 from chargpt.checkpoints import BEST
 from chargpt.text_generator import TextGenerator
 from chargpt.training.checkpointing import RunCheckpoint, sequences_per_step, validation_of
-from chargpt.training.module import GPTModule, datamodule_of
+from chargpt.training.module import datamodule_of
 
 write = rank_zero_only(tqdm.write)  # above a progress bar, if there is one
 REDRAW_S = 0.5
@@ -88,10 +88,10 @@ class RunReport(Callback):
             write(f"resumed  after step {trainer.global_step}")
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        batches, metrics = trainer.fit_loop.total_batch_idx + 1, trainer.callback_metrics
+        batches = trainer.fit_loop.total_batch_idx + 1
         first = trainer.global_step == 1 and batches == trainer.accumulate_grad_batches
-        if first and "train_loss" in metrics:
-            loss, V = metrics["train_loss"].item(), len(module.vocabulary)
+        if first and "train_loss" in trainer.callback_metrics:
+            loss, V = trainer.callback_metrics["train_loss"].item(), len(module.vocabulary)
             guess = f"random guessing: ln {V} = {math.log(V):.3f}"
             write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -115,11 +115,15 @@ class RunReport(Callback):
         write(f"{line}  {elapsed.removeprefix('0')}")
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards or self.show_samples:
-            sample = sample_of(module)
+            gpt = copy(module.gpt)
+            gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
+            generator = TextGenerator(gpt, module.vocabulary)
+            text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
+            indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim
             for board in boards:
-                board.experiment.add_text("sample", sample, trainer.global_step)
+                board.experiment.add_text("sample", indented, trainer.global_step)
             if self.show_samples and sys.stdout.isatty():
-                write(sample)
+                write(indented)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         for stopping in trainer.early_stopping_callbacks:
@@ -131,15 +135,6 @@ class RunReport(Callback):
                 write(f"steps since then: {more}; if they lowered train_loss, the network overfits")
             path = shlex.quote(str(self.run.path(BEST)))
             write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
-
-
-def sample_of(module: GPTModule) -> str:
-    """A text of the network, indented, which is verbatim in Markdown."""
-    gpt = copy(module.gpt)
-    gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
-    generator = TextGenerator(gpt, module.vocabulary)
-    text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
-    return "\n".join("    " + line for line in text.splitlines())
 
 
 def step_of(trainer: Trainer) -> str:
