@@ -676,10 +676,3 @@ def test_a_missing_gpu_is_reported_in_plain_words(fit):
     result = fit("--trainer.accelerator=gpu")
     assert_error(result, 1, "GPU", "--config cpu")
     assert "backend" not in result.err
-
-
-def test_one_device_is_not_called_devices(fit):
-    result = fit("--trainer.fast_dev_run=true", "--trainer.accumulate_grad_batches=2")
-    assert result.status == 0, result.err
-    assert "1 device" in result.err
-    assert "1 devices" not in result.err

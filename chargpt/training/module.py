@@ -133,6 +133,10 @@ class GPTModule(LightningModule):
                 return length
         return self.config.block_size
 
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the next character at every position, (B, T) -> (B, T, V)."""
+        return self.gpt(ids)
+
     def configure_model(self) -> None:
         try:
             check_trainer(self.trainer, self.config)
@@ -290,9 +294,11 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
         raise UserError("GradientAccumulationScheduler needs epochs; set accumulate_grad_batches")
     if type(trainer.limit_train_batches) is not int:  # the training data is endless
         if trainer.max_epochs not in (None, -1):
-            raise UserError("epochs never end: set max_steps, or limit_train_batches")
+            raise UserError(
+                "data is endless: set max_steps, or use max_epochs and limit_train_batches"
+            )
         if trainer.enable_validation and type(trainer.val_check_interval) is not int:
-            raise UserError("epochs never end: set val_check_interval to a number of batches")
+            raise UserError("data is endless: set val_check_interval to a number of batches")
     scheduled = config.schedule != "constant" or config.short_contexts or config.second_target
     if scheduled and trainer.max_steps == -1 and not callbacks_of(trainer, callbacks.Timer):
         raise UserError("schedule, short_contexts and second_target need max_steps or max_time")
