@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tiny import last, make_data, make_module, make_trainer
 
@@ -144,15 +144,14 @@ def test_the_bar_of_a_run_with_a_time_limit_follows_the_clock(tmp_path, monkeypa
 def test_metrics_are_read_only_when_the_bar_is_drawn(tmp_path, monkeypatch):
     """Reading them waits for the device."""
     reads = []
-    read = Trainer.progress_bar_metrics.fget
-    counted = property(lambda trainer: (reads.append(1), read(trainer))[1])
-    monkeypatch.setattr(Trainer, "progress_bar_metrics", counted)
+    read = display.StepProgressBar.get_metrics
+    monkeypatch.setattr(
+        display.StepProgressBar, "get_metrics", lambda *a: (reads.append(1), read(*a))[1]
+    )
     now = itertools.count(100, 1e-6)
     monkeypatch.setattr(display, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     shown(tmp_path, terminal=True, limit_val_batches=0)
-    assert len(reads) == 1  # at the first step
-    shown(tmp_path / "file", limit_val_batches=0)
-    assert len(reads) == 1  # where there is no bar
+    assert len(reads) == 2  # at the first step, and by Lightning at the end
 
 
 # ---- samples ----
@@ -185,10 +184,11 @@ def test_a_sample_looks_at_no_more_than_the_context_in_use(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("multiplies_bf16", [True, False])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_bf16_is_warned_about_where_the_cpu_does_not_multiply_it(
+def test_bf16_is_offered_where_the_cpu_multiplies_it_and_warned_about_elsewhere(
     tmp_path, monkeypatch, recwarn, precision, multiplies_bf16
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=multiplies_bf16))
-    shown(tmp_path, max_steps=1, precision=precision, limit_val_batches=0)
+    out = shown(tmp_path, max_steps=1, precision=precision, limit_val_batches=0)
     warned = any("bf16 is slower" in str(warning.message) for warning in recwarn)
+    assert ("bf16-mixed may be faster" in out) == (multiplies_bf16 and precision == "32-true")
     assert warned == (not multiplies_bf16 and precision == "bf16-mixed")

@@ -65,6 +65,15 @@ def test_validation_loss_is_the_mean_over_all_characters_but_the_first(trained, 
     assert scores["val_bpc"] == pytest.approx(sum(losses) / 152 / math.log(2), abs=1e-6)
 
 
+def test_mean_loss_weighs_by_characters_and_sees_nan():
+    mean = make_module().mean_loss
+    mean.update(torch.tensor(2.0), 30)
+    mean.update(torch.tensor(5.0), 10)
+    assert mean.compute() == 2.75
+    mean.update(torch.tensor(math.nan), 1)
+    assert mean.compute().isnan()
+
+
 def test_a_validation_loss_that_is_not_a_number_is_reported(trained, monkeypatch):
     folder, module = trained
     monkeypatch.setattr(GPTModule, "loss", lambda *_: torch.tensor(math.nan))

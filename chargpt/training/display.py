@@ -4,13 +4,14 @@ import math
 import shlex
 import sys
 import time
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
@@ -25,38 +26,47 @@ REDRAW_S = 0.5
 SAMPLE_CHARS = 300
 
 
-class StepProgressBar(ProgressBar):
-    """A bar of the whole run with the time left, in terminals and notebooks only.
+class StepProgressBar(TQDMProgressBar):
+    """Progress bar of steps with the time left, in terminals and notebooks only.
 
     It reads metrics, which waits for the device, only when it is drawn.
     """
 
-    is_enabled = False  # as far as Lightning's `print` is concerned
-    bar: tqdm | None = None
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        if not sys.stdout.isatty() and not hasattr(sys, "ps1"):  # notebooks have a prompt
+            self.disable()
 
-    def disable(self) -> None:
-        """Lightning calls this on all ranks but the first, which alone has a bar."""
+    @property
+    def train_description(self) -> str:
+        return step_of(self.trainer)
 
-    @rank_zero_only
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        if self.bar is None:
-            hidden = not sys.stdout.isatty() and not hasattr(sys, "ps1")  # notebooks have a prompt
-            form = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
-            bar = dict(total=1.0, initial=module.progress, bar_format=form, leave=False)
-            self.bar = tqdm(disable=hidden, file=sys.stdout, dynamic_ncols=True, **bar)
-            self.drawn_at = -math.inf
-        now = time.perf_counter()
-        if now - self.drawn_at > REDRAW_S and not self.bar.disable:
-            self.bar.n, self.drawn_at = module.progress, now
-            self.bar.set_description_str(step_of(trainer), refresh=False)
-            self.bar.set_postfix(trainer.progress_bar_metrics)
+    def init_train_tqdm(self) -> Any:
+        self.drawn_at: float | None = None
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
+        bar.leave = False
+        bar.reset(total=1.0)  # the whole run, in steps or in time, whichever limits it
+        return bar
 
-    def close(self, *_: Any, **__: Any) -> None:
-        if self.bar:
-            self.bar.close()
-            self.bar = None
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Lightning would count the batches of this epoch."""
 
-    on_train_end = on_exception = close
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        bar, now = self.train_progress_bar, time.perf_counter()
+        if self.drawn_at is None:
+            bar.initial = module.progress  # above 0 when a run is resumed
+        if self.drawn_at is None or now - self.drawn_at > REDRAW_S:
+            bar.n, self.drawn_at = module.progress, now
+            bar.set_description_str(self.train_description, refresh=False)
+            bar.set_postfix(self.get_metrics(trainer))
+
+    def on_exception(self, *args: Any) -> None:
+        with suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.close()  # or an error message would start on its line
+
+    def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
+        return dict(trainer.progress_bar_metrics)  # without the version of the run
 
 
 class RunReport(Callback):
@@ -68,8 +78,10 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.started_at = time.perf_counter()
         data, precision, device = datamodule_of(trainer), str(trainer.precision), module.device
-        slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
-        if slow and "bf16" in precision:
+        on_cpu, bf16 = device.type == "cpu", "bf16" in precision
+        amx = on_cpu and torch.cpu.get_capabilities().get("amx_bf16", False)
+        hint = " (--trainer.precision bf16-mixed may be faster)" if amx and not bf16 else ""
+        if on_cpu and bf16 and not amx:
             rank_zero_warn("bf16 is slower than float32 on most CPUs without AMX")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         source, files = data.corpus.source, len(data.corpus.source.files)
@@ -81,7 +93,7 @@ class RunReport(Callback):
             f"         {len(data.corpus.tokens):,} characters, {len(data.vocabulary)} distinct\n"
             f"         {split}\n"
             f"batch    {sequences_per_step(trainer)} sequences of {length} characters\n"
-            f"device   {name}, precision {precision}\n"
+            f"device   {name}, precision {precision}{hint}\n"
             f"run      {self.run.folder if self.run else 'not saved'}"
         )
         if trainer.global_step:
@@ -132,7 +144,7 @@ class RunReport(Callback):
         if self.run and (best := self.run.best):
             write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
             if more := trainer.global_step - best.step:
-                write(f"steps since then: {more}; if they lowered train_loss, the network overfits")
+                write(f"steps since then: {more}; if train_loss fell, the network is overfitting")
             path = shlex.quote(str(self.run.path(BEST)))
             write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch import callbacks
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from chargpt.checkpoint_file import check_optimizer_state
 from chargpt.checkpoints import NETWORK_SETTINGS, WEIGHT_SETTINGS, describe
@@ -90,6 +91,8 @@ class GPTModule(LightningModule):
         super().__init__()
         self.config = TrainingConfig(**settings)
         self.save_hyperparameters(asdict(self.config))
+        # One NaN makes the mean NaN: a loss that is not a number must not vanish.
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)
         self.progress = 1.0  # fraction of the run that is over; set by each training batch
         self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
 
@@ -221,25 +224,29 @@ class GPTModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # In full precision, whatever the network computes in; MPS has no float64.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self.sums = torch.zeros(2, dtype=dtype, device=self.device)  # of losses, and of characters
+        self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
+        self.mean_loss.reset()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if len(batch) == 0:  # a rank with no sequence left
             return
-        # A run that trains on short contexts has not learned to use longer ones yet.
-        context = self.context if self.trainer.state.fn == "fit" else self.config.block_size
         batch = batch.long()
-        for ids, targets in zip(batch[:, :-1].split(context, 1), batch[:, 1:].split(context, 1)):
+        T = batch.size(1) - 1
+        # A run that trains on short contexts has not learned to use longer ones yet.
+        context = min(T, self.context) if self.trainer.state.fn == "fit" else T
+        size = T // context * context  # the last sequence of a split may leave a remainder
+        for ids, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1)):
+            length = min(context, ids.size(1))
+            ids, targets = ids.reshape(-1, length), targets.reshape(-1, length)
             loss = self.loss(self.hidden_states(self.gpt, ids), targets)
-            self.sums[0] += loss.to(self.sums.dtype) * targets.numel()
-            self.sums[1] += targets.numel()
+            self.mean_loss.update(loss, targets.numel())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all characters of the split, in nats and in bits (bpc)."""
         split = "test" if self.trainer.testing else "val"
-        total, characters = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
-        loss, self.scored = total / characters, int(characters)
+        loss = self.mean_loss.compute()  # of all ranks together
+        characters = self.mean_loss.weight.clone()  # reduced in place
+        self.scored = int(self.trainer.strategy.reduce(characters, reduce_op="sum"))
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
         self.log_dict({f"{split}_loss": loss, f"{split}_bpc": loss / math.log(2)})
