@@ -4,7 +4,7 @@ import signal
 
 
 def main() -> None:
-    """Run a command; Ctrl-C ends it with status 130, also while modules are still imported."""
+    """Run a command; Ctrl-C ends it with status 130, even while modules are being imported."""
     try:
         from chargpt.cli.main import main
 

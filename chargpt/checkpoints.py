@@ -1,7 +1,7 @@
 """Checkpoints: where runs store them, and how to load a network from one.
 
-lightning_logs/version_3/checkpoints/best.ckpt    the lowest validation loss so far
-lightning_logs/version_3/checkpoints/last.ckpt    after each validation, at the end, and on a signal
+lightning_logs/version_3/checkpoints/best.ckpt  the lowest validation loss at the longest context
+lightning_logs/version_3/checkpoints/last.ckpt  after each validation, at the end, and on a signal
 """
 
 import math
@@ -62,7 +62,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def resolve_checkpoint(name: str | Path | None, root: str | Path = ".") -> Path:
-    """The file that "best" (or None) or "last" of the newest run, or a path, refers to."""
+    """Resolve a checkpoint: a path, or "best" (also None) or "last" of the newest run."""
     if name in (None, "best", "last"):
         if not (found := find_checkpoints(root)):
             raise UserError(
@@ -199,7 +199,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         check_values(checkpoint)
     except UserError as error:
-        raise UserError(f"cannot save the checkpoint: it {error}, which is not plain") from None
+        rule = "only tensors and plain values can be saved"
+        raise UserError(f"cannot save the checkpoint: it {error}; {rule}") from None
     try:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)

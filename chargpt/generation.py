@@ -184,7 +184,7 @@ def generate(
 def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState]) -> None:
     """Compute the cache of new texts and full windows, except for the newest character.
 
-    Windows of one length are a batch, and equal ones are computed once.
+    Windows of equal length are a batch; identical ones are computed once.
     """
     by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for row, text in enumerate(texts):

@@ -51,7 +51,7 @@ class TextGenerator(nn.Module):
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """The continuation, character by character while it is generated.
 
-        With stop strings, characters are late by the length of the longest one, less 1.
+        With stop strings, output lags by one less than the length of the longest.
         """
         chunks = self.write([prompt], GenerationConfig(**settings))
         return (text for _, text, _ in chunks if text)

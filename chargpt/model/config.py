@@ -47,7 +47,8 @@ class GPTConfig:
     n_layer: int = 6
     """Number of transformer blocks."""
     dropout: float = 0.2
-    """Fraction of activations set to zero during training, in [0, 1)."""
+    """Fraction of values set to zero during training, in [0, 1): of attention weights, and of the
+    outputs of attention and feed-forward layers."""
     attention_dropout: float | None = None
     """Fraction of attention weights set to zero during training, which is slow on a CPU; null
     takes the value of dropout."""

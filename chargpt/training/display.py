@@ -70,7 +70,7 @@ class StepProgressBar(TQDMProgressBar):
 
 
 class RunReport(Callback):
-    """Prints what is trained on what, and each validation; logs a text sample per validation."""
+    """Prints a summary of the run and a line per validation; logs text samples."""
 
     def __init__(self, run: RunCheckpoint | None, show_samples: bool = False) -> None:
         self.run, self.show_samples = run, show_samples

@@ -39,7 +39,7 @@ class TrainingConfig(GPTConfig):
     eps: float = 1e-8
     """AdamW's epsilon; a larger one slows weights with small gradients, such as rare n-grams."""
     weight_decay: float = 0.01
-    """AdamW's weight decay, of embeddings and matrices only."""
+    """AdamW's weight decay, of the embeddings and matrices that it updates, never of vectors."""
     muon_lr: float | None = None
     """Peak learning rate of Muon; needed with optimizer muon."""
     muon_weight_decay: float = 0.0
@@ -60,7 +60,7 @@ class TrainingConfig(GPTConfig):
     """Weight of an auxiliary loss for predicting the character after the next (multi-token
     prediction); it falls to 0 halfway through the run."""
     compile: bool = False
-    """Compile the network (torch.compile), which pays off on a GPU after a minute."""
+    """Compile the network (torch.compile): a minute at the start, then faster steps on a GPU."""
     seed: int = 1337
     """Seed of the weights and of dropout; the command line sets it from seed_everything."""
 
@@ -76,7 +76,9 @@ class TrainingConfig(GPTConfig):
             raise UserError("optimizer muon requires muon_lr, such as 0.02; adamw has none")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
-                rule = f"lengths must divide block_size {self.block_size}, fractions be in (0, 1]"
+                rule = (
+                    f"lengths must divide block_size {self.block_size}; fractions must be in (0, 1]"
+                )
                 raise UserError(f"short_contexts has {length}: {until}; {rule}")
 
 
@@ -270,7 +272,7 @@ class GPTModule(LightningModule):
         warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
         factor = warmup * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
         for group in optimizer.param_groups:
-            # Those of a subclass have no peak, or a scheduler of torch.
+            # A subclass's optimizer may have no peak rate, or a scheduler of its own.
             if "initial_lr" in group and not self.trainer.lr_scheduler_configs:
                 group["lr"] = group["initial_lr"] * factor
         if self.logs_this_step:

@@ -83,7 +83,7 @@ class MuonAdamW(Optimizer):
 
 
 def matrices_in(module: nn.Module) -> dict[nn.Parameter, int]:
-    """The matrices of a module and how many each parameter stacks; biases of any shape are none."""
+    """The parameters of a module that are matrices, never biases, and how many each stacks."""
     matrices: dict[nn.Parameter, int] = {}
     for part in module.modules():
         for name, p in part.named_parameters(recurse=False):
