@@ -1,6 +1,7 @@
 """Fixtures for all tests: a tiny text, a tiny run, no network, and none of the user's folders."""
 
 import contextlib
+import functools
 import io
 import os
 import random
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import docstring_parser
 import hypothesis
 import pytest
 import torch
@@ -87,6 +89,9 @@ def isolated(tmp_path_factory):
         patch.setenv("CHARGPT_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(display, "SAMPLE_CHARS", 20)
+        # Each parser reads the source of the same classes, more than half of a command's time.
+        parse = functools.cache(docstring_parser.parse_from_object)
+        patch.setattr(docstring_parser, "parse_from_object", parse)
         torch.set_num_threads(1)
         yield
 
