@@ -1,9 +1,8 @@
 """training/checkpointing.py: the run folder, moved runs, users' own periodic checkpoints."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,11 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import assert_same, last, make_data, make_module, make_trainer
 
+from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import LOGS, read_checkpoint
 from chargpt.model import UserError
 from chargpt.training import GPTModule
-from chargpt.training.checkpointing import localize_paths
+from chargpt.training.checkpointing import RunCheckpoint, localize_paths
 
 RUN = Path(LOGS, "version_0")
 RESUME = ("fit", "--ckpt_path=last", "--trainer.max_steps=12")
@@ -55,22 +55,20 @@ def test_a_second_process_in_the_same_folder_is_refused(run, command):
     assert result.status == 0, result.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_killed_process_leaves_neither_a_lock_nor_a_temporary_file(run, command):
-    script = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from chargpt.atomic_file import atomic_write\n"
-        "from chargpt.training.checkpointing import RunCheckpoint\n"
-        "callback = RunCheckpoint(Path(sys.argv[1]))\n"
-        "callback.acquire_lock()\n"
-        "with atomic_write(callback.path('best.ckpt')) as file:\n"
-        "    file.write(b'half')\n"
-        "    file.flush()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    arguments = [sys.executable, "-c", script, str(run / RUN)]
-    killed = subprocess.run(arguments, cwd=Path(__file__).parents[1])
-    assert killed.returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        try:
+            callback = RunCheckpoint(run / RUN)
+            callback.acquire_lock()
+            with atomic_write(callback.path("best.ckpt")) as file:
+                file.write(b"half")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (run / RUN / ".lock").exists()
     assert len(list(run.rglob("*.tmp"))) == 1
     result = command(run, *RESUME, "--model.lr=1.0")  # no better checkpoint replaces it
@@ -158,15 +156,20 @@ def test_paths_in_a_callback_state_become_files_in_its_folder(path):
 # ---- users' own periodic checkpoints ----
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("step", range(1, 12))
-def test_a_periodic_checkpoint_is_resumed_exactly_or_refused(tmp_path, accumulate, step):
-    """Validations are due after steps 4 and 8, when `every_n_train_steps` saves before them."""
-    settings = dict(accumulate_grad_batches=accumulate)
+@pytest.fixture(scope="module", params=[1, 3])
+def saved_at_each_step(request, tmp_path_factory):
+    """A run with a checkpoint of each step, its settings and its last checkpoint."""
+    folder, settings = tmp_path_factory.mktemp("whole"), dict(accumulate_grad_batches=request.param)
     own = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="own-{step}")
-    whole = train(tmp_path / "whole", own, **settings)
-    path = last(tmp_path / "whole").with_name(f"own-step={step}.ckpt")
-    data = dict(corpus=str(tmp_path / "whole" / "text.txt"))
+    return folder, settings, train(folder, own, **settings)
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_periodic_checkpoint_is_resumed_exactly_or_refused(tmp_path, saved_at_each_step, step):
+    """Validations are due after steps 4 and 8, when `every_n_train_steps` saves before them."""
+    folder, settings, whole = saved_at_each_step
+    path = last(folder).with_name(f"own-step={step}.ckpt")
+    data = dict(corpus=str(folder / "text.txt"))
     again = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="own-{step}")
     if step in (4, 8):
         with pytest.raises(UserError, match="cannot be resumed exactly"):

@@ -25,6 +25,18 @@ RUN = Path("lightning_logs", "version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
 BEST = RUN / "checkpoints" / "best.ckpt"
 RESUME = ["fit", "--ckpt_path=last"]
+OWN = """
+from lightning import Callback
+
+class Counter(Callback):
+    count = 0
+
+    def on_train_batch_end(self, *_):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+"""
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(Path(chargpt.__file__).parents[1]),
@@ -204,8 +216,13 @@ def test_the_config_of_a_resumed_run_starts_a_new_run(run, command):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_ctrl_c_under_python_m_saves_a_checkpoint(folder):
-    """test_faults.py tries all signals in forks; this process has the handler of __main__.py."""
+    """test_faults.py tries all signals in forks; this process has the handler of __main__.py.
+
+    And it finds a class of the user in the current folder.
+    """
+    (folder / "own.py").write_text(OWN)
     args = [sys.executable, "-m", "chargpt", "fit", "--config=tiny.yaml"]
+    args += ["--trainer.callbacks+=own.Counter"]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*args, "--trainer.max_steps=1000000"],
@@ -220,7 +237,9 @@ def test_ctrl_c_under_python_m_saves_a_checkpoint(folder):
     assert (process.returncode, out) == (130, b""), err
     assert "Traceback" not in err
     assert "repeat the command with --ckpt_path last" in err
-    assert f"stopped after step {read(folder / LAST)['global_step']}" in err
+    checkpoint = read(folder / LAST)
+    assert f"stopped after step {checkpoint['global_step']}" in err
+    assert checkpoint["callbacks"]["Counter"] == {"count": checkpoint["global_step"]}
 
 
 # ---- settings ----

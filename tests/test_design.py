@@ -102,9 +102,16 @@ def test_imports_have_no_cycles():
     TopologicalSorter(GRAPH).prepare()  # a CycleError names the cycle
 
 
-def test_generating_imports_no_lightning_and_loading_no_parser_or_compiler_either(tmp_path):
+def test_imports_of_a_new_process(tmp_path):
+    """The package draws no random numbers, prints nothing, and imports what it needs only."""
     code = (
-        "import sys, chargpt; assert 'torch' not in sys.modules; chargpt.load; chargpt.Vocabulary; chargpt.GPT\n"
+        "import sys, chargpt; assert 'torch' not in sys.modules\n"
+        "import torch; state = torch.get_rng_state()\n"
+        "from chargpt import textbook\n"
+        "modules = [name for name in sys.modules if name.startswith('chargpt.')]\n"
+        "assert modules == ['chargpt.textbook'], modules\n"
+        "chargpt.load; chargpt.Vocabulary; chargpt.GPT\n"
+        "assert torch.equal(state, torch.get_rng_state())\n"
         "assert not {'lightning', 'torchmetrics', 'jsonargparse'} & sys.modules.keys()\n"
         "gpt = chargpt.GPT(chargpt.GPTConfig(n_embd=8, n_head=2, n_layer=1), 2)\n"
         "chargpt.save(gpt, chargpt.Vocabulary('ab'), sys.argv[1]); chargpt.load(sys.argv[1])\n"
@@ -113,7 +120,8 @@ def test_generating_imports_no_lightning_and_loading_no_parser_or_compiler_eithe
         "assert not {'lightning', 'torchmetrics', 'pytorch_lightning'} & sys.modules.keys()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.ckpt")]
-    subprocess.run(command, check=True, cwd=PACKAGE.parent)
+    result = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # ---- private names of other libraries ----

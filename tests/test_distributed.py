@@ -98,9 +98,9 @@ def test_ranks_agree_on_the_elapsed_fraction(tmp_path, monkeypatch):
     assert 0 < len(set(first)) <= 8 and first[-1] <= 1
 
 
-@pytest.mark.parametrize("characters", [2, 9, 10, 18, 90, 149])
+@pytest.mark.parametrize("characters", [2, 10, 149])
 def test_one_checkpoint_scores_the_same_on_any_number_of_ranks(tmp_path, characters):
-    """With 2 characters one rank has no sequence; with the others, ranks have unequal numbers."""
+    """One rank without a sequence; a rank with 8 and one with 1 character; 10 and 9 sequences."""
     data = dict(corpus=str(write_text(tmp_path, 1000)), val_fraction=characters / 1000 + 1e-9)
     scores = []
     for settings in (dict(devices=1), TWO):

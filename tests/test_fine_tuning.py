@@ -62,7 +62,8 @@ def test_a_new_run_starts_with_the_weights_of_the_checkpoint(run, command):
 
 
 def test_it_learns_text_and_characters_that_the_checkpoint_did_not_know(run, command):
-    result = command(run, *START, "--init_from=last", "--trainer.max_steps=300", "--model.lr=0.01")
+    limits = ["--trainer.max_steps=300", "--trainer.val_check_interval=300"]
+    result = command(run, *START, "--init_from=last", *limits, "--model.lr=0.01")
     assert result.status == 0, result.err
     model = chargpt.load(run / RUNS / "version_1/checkpoints/last.ckpt")
     assert (

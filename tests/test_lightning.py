@@ -29,15 +29,18 @@ LIMITS += ["overfit_batches", "val_check_interval"]
 
 
 @pytest.mark.parametrize("value", ["1", "1.0"])
-@pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_keeps_its_type(folder, monkeypatch, name, value):
+def test_a_limit_keeps_its_type(folder, monkeypatch, value):
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
     monkeypatch.chdir(folder)
     kind = int if value == "1" else float
-    (folder / "limit.yaml").write_text(f"trainer: {{{name}: {value}}}\n")
-    for args in ([f"--trainer.{name}={value}"], [f"--trainer.{name}", value], ["-c=limit.yaml"]):
+    lines = ", ".join(f"{name}: {value}" for name in LIMITS)
+    (folder / "limit.yaml").write_text(f"trainer: {{{lines}}}\n")
+    joined = [f"--trainer.{name}={value}" for name in LIMITS]
+    apart = [part for name in LIMITS for part in (f"--trainer.{name}", value)]
+    for args in (joined, apart, ["-c=limit.yaml"]):
         config = TrainingCLI("fit", ["--config=tiny.yaml", *args]).config.trainer
-        assert (config[name], type(config[name])) == (1, kind)
+        for name in LIMITS:
+            assert (config[name], type(config[name])) == (1, kind), name
 
 
 def test_a_limit_of_one_is_one_batch(folder, trained, command, monkeypatch):

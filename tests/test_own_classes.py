@@ -1,8 +1,6 @@
 """Users' own classes: callbacks, loggers, strategies, checkpoints and optimizers."""
 
-import os
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +119,7 @@ def step(folder: Path) -> int:
     return read(folder / LAST)["global_step"]
 
 
-# ---- classes that a file or a flag names ----
+# ---- classes that a file or a flag names (test_cli.py has one under `python -m`) ----
 
 
 def test_a_callback_of_the_current_folder_works_and_so_does_resuming_with_it(folder, fit):
@@ -131,19 +129,6 @@ def test_a_callback_of_the_current_folder_works_and_so_does_resuming_with_it(fol
     result = fit("--config=own.yaml", "--ckpt_path=last", "--trainer.max_steps=12")
     assert result.status == 0, result.err
     assert (folder / "count.txt").read_text() == "12"
-
-
-def test_a_callback_of_the_current_folder_works_under_python_m(folder):
-    flags = ("--config=tiny.yaml", "--config=own.yaml", "--trainer.max_steps=2")
-    result = subprocess.run(
-        [sys.executable, "-m", "chargpt", "fit", *flags],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(chargpt.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
-    assert (folder / "count.txt").read_text() == "2"
 
 
 def test_a_callback_and_its_settings_by_flag(folder, fit):

@@ -15,6 +15,19 @@ from chargpt.cli.parsing import find_config, shipped_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+COMMANDS = """
+import sys
+sys.modules["transformers"] = None  # takes long to import, and is optional
+from chargpt.__main__ import main  # like the console command
+for args in (
+    "fit --config debug --data.corpus=text.txt --trainer.max_steps=2",
+    "predict --generate.prompt=The --generate.max_new_chars=5",
+    "export --to=huggingface --output=folder",
+    "export --to=page --output=page.html",
+):
+    sys.argv = ["chargpt", *args.split()]
+    main()
+"""
 BUILD = "from setuptools.build_meta import {0}; {0}('dist')"
 
 
@@ -73,14 +86,10 @@ def test_a_wheel_contains_every_file_of_the_package(installed):
 def test_an_installed_package_trains_generates_and_exports(installed, tmp_path, text):
     (tmp_path / "text.txt").write_text(text, newline="\n")
 
-    def run(*args: str) -> str:
-        code = "from chargpt.__main__ import main; main()"  # like the console command
-        return python(tmp_path, "-c", code, *args, path=installed)
-
-    run("fit", "--config", "debug", "--data.corpus=text.txt", "--trainer.max_steps=2")
-    assert run("predict", "--generate.prompt=The", "--generate.max_new_chars=5").startswith("The")
-    run("export", "--to=huggingface", "--output=folder")
+    (tmp_path / "commands.py").write_text(COMMANDS)
+    assert python(tmp_path, "commands.py", path=installed).startswith("The")
     assert (tmp_path / "folder" / "modeling_chargpt.py").is_file()  # with code of its own
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_a_configuration_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch, command):

@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -162,20 +161,6 @@ def test_generate_samples_from_the_predicted_distribution():
 
 
 # --- The script --------------------------------------------------------------------------------
-
-
-def test_importing_has_no_side_effects():
-    code = (
-        "import torch, sys; state = torch.get_rng_state()\n"
-        "from chargpt import textbook\n"
-        "assert torch.equal(state, torch.get_rng_state())\n"
-        "modules = [name for name in sys.modules if name.startswith('chargpt.')]\n"
-        "assert modules == ['chargpt.textbook'], modules"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_prepare_encodes_and_splits_the_text(text):

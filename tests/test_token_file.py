@@ -1,9 +1,10 @@
 """Token files: encoding is lossless, and a damaged or outdated file is never used."""
 
 import hashlib
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,32 +167,31 @@ def test_a_damaged_token_file_is_replaced(tmp_path, data_dir, damage):
     assert encoded.read_bytes() == whole
 
 
+def encode_beside(path: str, data_dir: Path, me: Path, other: Path, answers) -> None:
+    me.touch()
+    while not other.exists():
+        time.sleep(0.001)
+    corpus = open_text(path, data_dir)
+    answers.put((len(corpus.tokens), corpus.digest, int(corpus.tokens.sum(dtype="int64"))))
+
+
 def test_two_processes_encode_at_once(tmp_path, data_dir):
     path = write(tmp_path / "a.txt", STRANGE * 20_000)
-    program = (
-        "import sys, time, pathlib\n"
-        "from chargpt.data.texts import resolve_corpus\n"
-        "from chargpt.data.token_file import open_corpus\n"
-        "path, data_dir, me, other = sys.argv[1:]\n"
-        "pathlib.Path(me).touch()\n"
-        "while not pathlib.Path(other).exists(): time.sleep(0.001)\n"
-        "corpus = open_corpus(resolve_corpus(path, data_dir))\n"
-        "print(len(corpus.tokens), corpus.digest, int(corpus.tokens.sum(dtype='int64')))\n"
-    )
-    flags = [str(tmp_path / "one"), str(tmp_path / "two")]
+    fork = "fork" in multiprocessing.get_all_start_methods()  # imports nothing again
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    flags, answers = [tmp_path / "one", tmp_path / "two"], context.Queue()
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, path, str(data_dir), me, other],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(token_file.__file__).parents[2],
-        )
-        for me, other in (flags, flags[::-1])
+        context.Process(target=encode_beside, args=(path, data_dir, *names, answers))
+        for names in (flags, flags[::-1])
     ]
-    answers = [process.communicate(timeout=60)[0] for process in processes]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
     ids = np.tile(expected_ids(STRANGE), 20_000)
     digest = hashlib.sha256((STRANGE * 20_000).encode()).hexdigest()
-    assert answers == [f"{len(ids)} {digest} {ids.sum()}\n"] * 2
+    assert found == [(len(ids), digest, ids.sum())] * 2
     assert [file.suffix for file in token_files(tmp_path)] == [".npy"]
 
 
