@@ -313,7 +313,7 @@ STREAMS = {
     "a memo of four billion slots": b"\x80\x02}r\xff\xff\xff\xff.",
     "a list nested a hundred thousand times": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "a key nested half a million times": b"\x80\x02})" + b"\x85" * 500_000 + b"Ns.",
-    "a million empty sets": b"\x80\x04](" + b"\x8f" * 1_000_000 + b"e.",
+    "a hundred thousand empty sets": b"\x80\x04](" + b"\x8f" * 100_000 + b"e.",
     "copies of a dictionary": (
         b"\x80\x02}q\0("
         + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(60_000))
@@ -338,16 +338,17 @@ def test_a_pickle_made_by_hand(attack, world, stream):
 
 
 def bomb(world: World) -> None:
-    """Ten gigabytes of zeros in ten megabytes."""
+    """640 megabytes of zeros in a few megabytes."""
     world.tamper_records(lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
-    zeros = bytes(1 << 24)
-    for path in world.checkpoints():
-        with (
-            zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
-            archive.open("archive/data/999", "w", force_zip64=True) as record,
-        ):
-            for _ in range(40):
-                record.write(zeros)
+    zeros, (first, *others) = bytes(1 << 24), world.checkpoints()
+    with (
+        zipfile.ZipFile(first, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data/999", "w", force_zip64=True) as record,
+    ):
+        for _ in range(40):
+            record.write(zeros)
+    for path in others:
+        shutil.copy(first, path)
 
 
 def overlapping_records(world: World) -> None:

@@ -79,12 +79,12 @@ def generator_of(characters: str = CHARACTERS, **settings) -> TextGenerator:
 
 
 def assert_same(generator: TextGenerator, hf_model, tokenizer, prompt: str) -> None:
-    """Compare logits over full contexts, and greedy text of block_size characters."""
+    """Compare logits over full contexts, and greedy text of up to 100 characters."""
     T, V = generator.gpt.config.block_size, len(generator.vocabulary)
     ids = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(hf_model(ids).logits, generator.gpt(ids), rtol=0, atol=1e-4)
-    n = T - len(prompt)
+    n = min(T, 100) - len(prompt)
     output = hf_model.generate(
         **tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=n
     )
@@ -107,14 +107,17 @@ def load(transformers, folder: Path):
 def test_an_exported_trained_network_gives_the_same_logits_and_text(
     transformers, real_text, command, tmp_path, monkeypatch, config
 ):
+    if config != "debug":
+        real_text = real_text[:100_000]  # the whole takes a second to encode and to tokenize
     (tmp_path / "text.txt").write_bytes(real_text.encode())
     result = command(
         tmp_path,
         "fit",
         f"--config={CONFIGS / config}.yaml",
         "--data.corpus=text.txt",
-        "--data.val_fraction=0.001",
+        f"--data.val_fraction={1000 / len(real_text)}",
         "--data.batch_size=2",
+        "--model.n_layer=2",
         "--trainer.max_steps=3",
         "--trainer.val_check_interval=2",
         "--trainer.accelerator=cpu",

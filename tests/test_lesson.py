@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from chargpt import explain, textbook
@@ -50,14 +49,9 @@ def run_lesson(saved: Path) -> list[str]:
     return result.stdout.split(MARK + "\n")
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> tuple[list[str], Path]:
-    saved = tmp_path_factory.mktemp("lesson") / "weights.pt"
-    return run_lesson(saved), saved
-
-
-def test_each_block_prints_what_follows_it(printed):
-    outputs, compared = iter(printed[0]), 0
+def test_each_block_prints_what_follows_it_and_the_network_is_that_of_the_textbook(tmp_path):
+    printed, compared = run_lesson(tmp_path / "weights.pt"), 0
+    outputs = iter(printed)
     for block, following in zip(BLOCKS, [*BLOCKS[1:], Block("", None, "")]):
         if block.language == "python":
             output = next(outputs)
@@ -65,10 +59,7 @@ def test_each_block_prints_what_follows_it(printed):
                 assert output == following.body
                 compared += 1
     assert compared >= 15
-
-
-def test_the_network_of_the_lesson_is_that_of_the_textbook(printed):
-    weights, idx, logits = torch.load(printed[1])
+    weights, idx, logits = torch.load(tmp_path / "weights.pt")
     model = textbook.BigramLangModel(65, **explain.SIZES)
     model.load_state_dict(weights)
     assert torch.equal(model(idx)[0], logits)

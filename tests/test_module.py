@@ -250,8 +250,7 @@ def test_contexts_grow(tmp_path):
 
 
 @pytest.mark.parametrize("model", [{}, MUON])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
-def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
+def test_precisions_with_accumulation_and_clipping(tmp_path, model):
     """The losses of ten steps are close to those in float32, from the same weights."""
 
     class StartAlike(Callback):  # some versions of torch generate different numbers in bfloat16
@@ -264,12 +263,13 @@ def test_precisions_with_accumulation_and_clipping(tmp_path, model, precision):
     trainer = dict(
         max_steps=10, limit_val_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.1
     )
-    _, low, _ = train(tmp_path, StartAlike(), model=model, precision=precision, **trainer)
     _, full, _ = train(tmp_path, StartAlike(), model=model, **trainer)
-    begin, a, b = (
-        torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full)
-    )
-    assert torch.cosine_similarity(a - begin, b - begin, dim=0) > 0.9
+    for precision in ("bf16-mixed", "bf16-true"):  # the first replaces 16-mixed on a CPU
+        _, low, _ = train(tmp_path, StartAlike(), model=model, precision=precision, **trainer)
+        begin, a, b = (
+            torch.nn.utils.parameters_to_vector(m.parameters()).float() for m in (start, low, full)
+        )
+        assert torch.cosine_similarity(a - begin, b - begin, dim=0) > 0.9, precision
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):

@@ -410,22 +410,17 @@ RATES = {
 
 
 @pytest.mark.parametrize("module_class", RATES, ids=lambda cls: cls.__name__)
-def test_an_overridden_optimizer_trains_with_its_own_learning_rates(folder, module_class):
-    module = module_class(**SIZES, lr=3.0, schedule="cosine", warmup_steps=3)
-    trainer = train(folder, module, rates := Rates())
+def test_an_overridden_optimizer_trains_and_resumes_with_its_own_rates(folder, module_class):
+    settings = SIZES | dict(lr=3.0, schedule="cosine", warmup_steps=3)
+    whole = module_class(**settings)
+    trainer = train(folder, whole, rates := Rates())
     assert rates.seen == pytest.approx(RATES[module_class])
     assert trainer.logged_metrics["lr"].item() == pytest.approx(RATES[module_class][-1])
-
-
-@pytest.mark.parametrize("module_class", RATES, ids=lambda cls: cls.__name__)
-def test_an_overridden_optimizer_resumes_with_its_own_learning_rates(folder, module_class):
-    whole = module_class(**SIZES)
-    train(folder, whole)
     other = folder / "stopped"
     shutil.copytree(folder, other, ignore=lambda *_: ["lightning_logs", "checkpoints"])
-    train(other, module_class(**SIZES), max_steps=5)
+    train(other, module_class(**settings), max_steps=5)
     (last,) = other.rglob("last.ckpt")
-    resumed = module_class(**SIZES)
+    resumed = module_class(**settings)
     train(other, resumed, rates := Rates(), ckpt_path=last)
     assert rates.seen == pytest.approx(RATES[module_class][5:])
     for name, weight in whole.state_dict().items():
