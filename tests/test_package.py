@@ -17,14 +17,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 COMMANDS = """
 import sys
-sys.modules["transformers"] = None  # takes long to import, and is optional
 from chargpt.__main__ import main  # like the console command
 for args in (
-    "fit --config debug --data.corpus=text.txt --trainer.max_steps=2",
+    "fit --config debug --data.corpus=text.txt --trainer.max_steps=2 --model.norm=plain",
     "predict --generate.prompt=The --generate.max_new_chars=5",
     "export --to=huggingface --output=folder",
     "export --to=page --output=page.html",
 ):
+    if args.startswith("export"):
+        sys.modules["transformers"] = None  # optional, and it would take seconds
     sys.argv = ["chargpt", *args.split()]
     main()
 """
