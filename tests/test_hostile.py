@@ -646,7 +646,8 @@ def test_an_endless_text(attack, world, kind):
         os.truncate(path, 1 << 40)
     others = {"device": "/dev/zero", "root": "/", "address": "http://127.0.0.1:9/x", "nothing": ""}
     world.tamper(data(corpus=others.get(kind, str(path)), corpus_name="text"))
-    assert_refused(attack(TRAINING))
+    # All commands scan the same folder, which takes seconds.
+    assert_refused(attack(("fit",) if kind == "root" else TRAINING))
 
 
 # ---- state that training resumes ----
