@@ -100,8 +100,8 @@ def check_weights(weights: dict[str, Any], source: str | Path) -> None:
 def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> None:
     """Raise a UserError unless an optimizer's `state_dict` fits: fused AdamW crashes otherwise.
 
-    Saved parameters correspond to those of `groups` by position. The state of each must be finite
-    tensors of its shape, and a single `step`.
+    Saved parameters correspond to those of `groups` by position. Each value of a parameter's state
+    must be a finite floating-point tensor of the parameter's shape, or a scalar if it is `step`.
     """
     try:
         parameters: dict[Any, Tensor] = {}  # by the ids that they were saved with

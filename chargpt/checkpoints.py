@@ -209,5 +209,5 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"cannot write the checkpoint {path.absolute()}: {reason}\n"
-            "earlier checkpoints are intact; make room, then resume with --ckpt_path last"
+            "earlier checkpoints are intact; check permissions and free space"
         ) from error

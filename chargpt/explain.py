@@ -4,7 +4,7 @@
     python -m chargpt.explain path/to/input.txt     # your own text
 
 The network is the one in chargpt/textbook.py; chargpt/README.md explains each step. Positions are
-counted from 0, spaces are shown as _ and newlines as /.
+counted from 0; in tables, spaces are shown as _ and newlines as /.
 """
 
 import argparse

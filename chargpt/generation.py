@@ -52,8 +52,8 @@ class GenerationConfig:
 def uniform(seed: int, sample: int, position: int) -> float:
     """A random number in [0, 1) for a character of a text (a counter-based generator).
 
-    It depends on nothing else, so a text doesn't depend on its batch or on where it was continued.
-    Of the seed, 64 bits count. `export/page.js` has the same function.
+    It depends only on its arguments (of the seed, the low 64 bits), so a text doesn't depend on its
+    batch or on where it was continued. `export/page.js` has the same function.
     """
     bits = mix(position)
     for word in (sample, seed, seed >> 32):
@@ -130,8 +130,8 @@ def window_length(length: int, block_size: int) -> int:
     """How many of the newest characters of a text the network sees: at most block_size.
 
     A full window is cut to its newest half (rounded up) and grows again: dropping just the oldest
-    keys and values would be wrong, since those of the others were computed from them. The length
-    depends on nothing else, so that continuing a text is the same as generating it in one go.
+    keys and values would be wrong, since those of the others were computed from them. The result
+    depends only on the arguments, so that continuing a text is the same as generating it in one go.
     """
     if length <= block_size:
         return length

@@ -7,8 +7,8 @@
     layers[0].attention[0, 1]    # layer 0, head 1: each row has the weights of one position
     logit_lens(model.gpt, layers)[1, 0, -1]    # the logits of the next character after one block
 
-The network's fused attention kernel never stores the weights; here they are computed once more
-in forward hooks, so nothing costs anything outside of the `with` statement.
+The network's fused attention kernel never stores the weights; here forward hooks compute them a
+second time, so there is no cost outside the `with` statement.
 """
 
 import math

@@ -61,7 +61,7 @@ def prepare(text: str) -> tuple[dict[str, int], dict[int, str], dict[str, Tensor
     itos = dict(enumerate(sorted(set(text))))
     stoi = {character: i for i, character in itos.items()}
     ids = torch.tensor(encode(text, stoi))
-    end = int(0.9 * len(ids))  # the last tenth is held out: it measures what was not memorized
+    end = int(0.9 * len(ids))  # the rest is held out: it cannot have been memorized
     return stoi, itos, {"train": ids[:end], "val": ids[end:]}
 
 
@@ -282,7 +282,11 @@ def main() -> None:
     model = BigramLangModel(len(itos), **sizes).to(device)
     V, parameters = len(itos), sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(text):,} characters, {V} distinct; guessing costs ln {V} = {math.log(V):.2f} nats")
-    end = "1.8 in two minutes" if options.small else "1.5 in many hours (minutes on a GPU)"
+    end = (
+        "1.8 in two minutes"
+        if options.small
+        else "1.5 (in the lecture) in many hours (minutes on a GPU)"
+    )
     print(f"{parameters:,} parameters; expected loss on tiny Shakespeare: from 4.17 to about {end}")
     train(model, data, **training)
     model.eval()  # no dropout during generation

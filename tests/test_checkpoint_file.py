@@ -245,7 +245,10 @@ SPOILED = {
         r"exp_avg has shape \[2\], not \[3\]",
     ),
     "one number": (lambda s: spoil(s, "exp_avg_sq", torch.zeros(())), r"has shape \[\], not \[3\]"),
-    "several steps": (lambda s: spoil(s, "step", torch.zeros(3)), r"step has shape \[3\], not \[\]"),
+    "several steps": (
+        lambda s: spoil(s, "step", torch.zeros(3)),
+        r"step has shape \[3\], not \[\]",
+    ),
     "not finite": (lambda s: spoil(s, "exp_avg", torch.full((3,), float("inf"))), "not finite"),
     "integers": (lambda s: spoil(s, "exp_avg", torch.zeros(3).long()), "floating-point"),
     "text": (lambda s: spoil(s, "step", "7"), "floating-point"),

@@ -240,8 +240,8 @@ class TrainingCLI(LightningCLI):
                 continue  # no weight depends on the length
             if now != value and self.is_flag(flag):
                 raise UserError(
-                    f"{name} is {value} in {path} and cannot be changed to {now}: its weights "
-                    f"would not fit\nomit --{flag}"
+                    f"{name} is {value} in {path} and cannot be changed to {now}: the network "
+                    f"would be a different one\nomit --{flag}"
                 )
             if now != value and self.is_given(flag):
                 changes.append(f"{flag} {now} -> {value}")

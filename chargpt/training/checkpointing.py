@@ -67,7 +67,7 @@ class RunCheckpoint(Checkpoint):
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only set a flag. All ranks stop after the same optimizer
     step, or after the validation that is due then, with status 128 plus the signal's number. A
-    second Ctrl-C stops at once, without saving; the previous checkpoint remains.
+    second Ctrl-C, a second later or more, stops at once, without saving.
 
     Args:
         folder: of the run, on rank 0; the other ranks ask rank 0 for it.
@@ -285,7 +285,8 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if not (has_state and checkpoint["chargpt"].get("resumable")):
         raise UserError(
             "the checkpoint cannot be resumed exactly: it was written just before a validation "
-            "or within an accumulation, or has no optimizer state\nresume from a last.ckpt"
+            "or within an accumulation, or has no optimizer state\nresume from a run's own "
+            "last.ckpt, or start a new run from its weights with --init_from"
         )
     before = (checkpoint["chargpt"].get("trainer") or {}).get("accumulate_grad_batches")
     if before not in (None, trainer.accumulate_grad_batches):  # Lightning counts batches, not steps

@@ -144,7 +144,8 @@ class RunReport(Callback):
         if self.run and (best := self.run.best):
             write(f"best validation loss {best.loss:.4f} (marked *), after step {best.step}")
             if more := trainer.global_step - best.step:
-                write(f"steps since then: {more}; if train_loss fell, the network is overfitting")
+                why = "if val_loss rose while train_loss fell, the network is overfitting"
+                write(f"steps since then: {more}; {why}")
             path = shlex.quote(str(self.run.path(BEST)))
             write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
 
@@ -157,7 +158,7 @@ def step_of(trainer: Trainer) -> str:
 class Throughput(Callback):
     """Logs `chars_per_second` over all devices.
 
-    The first batch (which warms up, or compiles) and those after a validation are not timed.
+    The first batch (which warms up, or compiles) and the first after a validation are not timed.
     """
 
     def restart(self, *_: Any, **__: Any) -> None:

@@ -72,8 +72,10 @@ class TrainingConfig(GPTConfig):
         check(self, not_negative, "at least 0", lambda value: 0 <= value < math.inf)
         most = len(POLAR_EXPRESS)
         check(self, "muon_iterations", f"1 to {most}", lambda n: 1 <= n <= most)
-        if (self.optimizer == "muon") != (self.muon_lr is not None):
-            raise UserError("optimizer muon requires muon_lr, such as 0.02; adamw has none")
+        if self.optimizer == "muon" and self.muon_lr is None:
+            raise UserError("optimizer muon requires muon_lr, such as 0.02")
+        if self.optimizer == "adamw" and self.muon_lr is not None:
+            raise UserError("optimizer adamw takes no muon_lr; set muon_lr to null")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
                 rule = (
@@ -314,15 +316,15 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
 
 
 def check_same_model(saved: dict[str, Any], config: TrainingConfig) -> None:
-    """Refuse a checkpoint of a different network or optimizer, also if its weights would fit."""
+    """Refuse a checkpoint of a different network or optimizer, even if its weights would fit."""
     for name in (*WEIGHT_SETTINGS, "optimizer", "second_target"):
         before, now = saved.get(name), getattr(config, name)
         longer = name == "block_size" and config.position == "rotary"  # no weight depends on it
         has_head = name == "second_target" and before and now
         if name in saved and before != now and not (longer or has_head):
             raise UserError(
-                f"{name} is {before} in the checkpoint and cannot be changed to {now}: its weights "
-                "or optimizer state would not fit\ntrain a new model to change it"
+                f"{name} is {before} in the checkpoint and cannot be changed to {now}: the network "
+                "or its optimizer would be a different one\ntrain a new model to change it"
             )
 
 

@@ -23,8 +23,8 @@ def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """Orthogonalize matrices (..., rows, columns) by a Newton-Schulz iteration.
 
     Every singular value becomes close to 1, closer with more steps (at most len(POLAR_EXPRESS));
-    singular vectors stay. CPUs without bfloat16 instructions are very slow in it, so only CUDA uses
-    it.
+    singular vectors stay. It runs in bfloat16 on CUDA only: on CPUs without bfloat16 instructions
+    that is very slow.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if tall := x.size(-2) > x.size(-1):

@@ -29,7 +29,7 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
 
 COUNTS = ("max_steps", "val_check_interval", "accumulate_grad_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
-# The settings that define a run travel in its checkpoints: `fit --ckpt_path last` needs no others.
+# These settings define a run and travel in its checkpoints; callbacks and devices do not.
 RUN_SETTINGS = [*COUNTS, *LIMITS, "max_epochs", "max_time", "overfit_batches"]
 RUN_SETTINGS += ["gradient_clip_val", "precision", "log_every_n_steps"]
 
