@@ -58,7 +58,7 @@ def with_losses(*losses: float, **settings) -> Losses:
 
 def test_each_validation_is_a_line_with_its_scores_and_the_best_is_marked(tmp_path):
     out = shown(tmp_path, module=with_losses(2.0, 1.5, 1.75))
-    lines = [line for line in out.splitlines() if "val_loss" in line]
+    lines = [line for line in out.splitlines() if "  val_loss" in line]
     pattern = r"step (\d+)/12  val_loss (\S+?)([* ]) \((\S+) bits\)  train \S+  \S+ chars/s  0:\d\d"
     found = [re.fullmatch(pattern, line).groups() for line in lines]
     assert found == [
