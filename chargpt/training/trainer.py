@@ -67,14 +67,7 @@ def make_trainer(
     check_limits(settings | {"max_time": seconds})
     callbacks, plugins = as_list(callbacks), as_list(plugins)
     root = Path(default_root_dir or ".").absolute()
-    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
-    shows = not settings.get("barebones")
-    if settings.get("enable_checkpointing") is False or settings.get("fast_dev_run") or not shows:
-        callbacks = [callback for callback in callbacks if callback is not run]
-        run = None
-    elif run is None:  # ranks other than 0 ask it for the folder
-        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
-        callbacks.append(run)
+    run = run_checkpoint(callbacks, settings, root)
     if SLURMEnvironment.detect():
         root = root / LOGS  # Lightning would resume from any hpc_ckpt_N.ckpt in the root
         if not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
@@ -88,7 +81,7 @@ def make_trainer(
         keep_names_apart(callbacks, root / FOLDER)
         if logger in (None, True):
             logger = TensorBoardLogger(root.parent, "", root.name, default_hp_metric=False)
-    if shows:
+    if not settings.get("barebones"):
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if settings.get("enable_progress_bar") is not False and not has_bar:
             callbacks.append(StepProgressBar())
@@ -104,6 +97,21 @@ def make_trainer(
         if run:
             run.release()
         raise
+
+
+def run_checkpoint(
+    callbacks: list[Callback], settings: dict[str, Any], root: Path
+) -> RunCheckpoint | None:
+    """The RunCheckpoint among the callbacks, or else a new one; none if nothing is to be saved."""
+    run = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
+    discards = settings.get("enable_checkpointing") is False or settings.get("fast_dev_run")
+    if discards or settings.get("barebones"):
+        callbacks[:] = [callback for callback in callbacks if callback is not run]
+        return None
+    if run is None:  # ranks other than 0 ask it for the folder
+        run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
+        callbacks.append(run)
+    return run
 
 
 def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
