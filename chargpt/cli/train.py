@@ -389,7 +389,7 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
     try:
         config = TrainingConfig(**model)
     except TypeError as error:
-        reason = str(error).partition(" got an ")[2]
+        reason = str(error).partition(" got an ")[2] or error
         raise UserError(
             f"{path} has a setting that this version of chargpt does not support: {reason}\n"
             "use the version that wrote it"
