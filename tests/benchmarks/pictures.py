@@ -87,7 +87,9 @@ def generate(model: BigramLangModel, text: Text) -> str:
 def draw_growth(curve: Curve, samples: Samples, V: int, picture: Path) -> None:
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, figsize=(8, 9), height_ratios=(1, 1.9))
+    figure, (above, below) = pyplot.subplots(
+        2, figsize=(8, 9), height_ratios=(1, 1.9), gridspec_kw={"hspace": 0.3}
+    )
     above.plot(*zip(*curve), marker=".", color="C0")
     guess = math.log(V)
     above.axhline(guess, color="C7", linestyle=":", linewidth=1)
@@ -96,13 +98,17 @@ def draw_growth(curve: Curve, samples: Samples, V: int, picture: Path) -> None:
         (curve[-1][0], guess - 0.2),
         ha="right",
     )
-    above.set(xlabel="step", ylabel="validation loss, nats", ylim=(1.5, guess + 0.2))
+    ylabel = "validation loss\n(nats per character)"
+    above.set(xlabel="step", ylabel=ylabel, ylim=(1.5, guess + 0.2))
+    above.xaxis.set_major_formatter("{x:,.0f}")
     above.spines[["top", "right"]].set_visible(False)
     below.axis("off")
+    below.set_title("generated text", x=0.17, ha="left", fontsize="medium")
     for i, (step, loss, text) in enumerate(samples):
         top = 1 - i / len(samples)
-        below.text(0, top, f"step {step}\n{loss:.2f} nats", va="top", color="C0")
-        lines = [line[:62] for line in text.splitlines() if line.strip()][:4]
+        below.text(0, top, f"step {step:,}\nloss {loss:.2f}", va="top", color="C0")
+        lines = [line for line in text.splitlines() if line.strip()][:4]
+        lines = [line if len(line) <= 62 else line[:61] + "…" for line in lines]
         below.text(
             0.17,
             top,
@@ -134,7 +140,7 @@ def mean_weights(model: BigramLangModel, text: Text) -> dict[str, dict[str, floa
         weights = head.weights(x)
         means[name] = {
             "the previous character": (weights * previous).sum(-1).mean().item(),
-            "the space before the word": (weights * starts).sum(-1).mean().item(),
+            "the space before the current word": (weights * starts).sum(-1).mean().item(),
         }
     return means
 
@@ -149,16 +155,19 @@ def draw_attention(model: BigramLangModel, text: Text, line: str, picture: Path)
     weights = {name: head.weights(x)[0] for name, head, x in all_heads(model, idx)}
     means = mean_weights(model, text)
     kinds = next(iter(means.values())).keys()
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.6 * len(kinds), 6))
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(5.3 * len(kinds), 6), gridspec_kw={"wspace": 0.12}
+    )
     for panel, kind in zip(panels, kinds):
         name = max(means, key=lambda head: means[head][kind])
         panel.imshow(weights[name], cmap="Blues", vmin=0, vmax=1)
-        panel.set_title(f"{name}: {means[name][kind]:.0%} of its weight on\n{kind}")
-        panel.set_xticks(range(len(line)), visible(line), family="monospace", fontsize=9)
-        panel.set_yticks(range(len(line)), visible(line), family="monospace", fontsize=9)
+        mean = f"mean weight over a validation batch: {means[name][kind]:.0%}"
+        panel.set_title(f"{name} attends most to\n{kind}\n({mean})")
+        panel.set_xticks(range(len(line)), visible(line), family="monospace", fontsize=8)
+        panel.set_yticks(range(len(line)), visible(line), family="monospace", fontsize=8)
         panel.tick_params(length=0)
+        panel.set_xlabel("key position (_ is a space)")
     panels[0].set_ylabel("query position")
-    panels[0].set_xlabel("key position")
     figure.savefig(picture, dpi=90, bbox_inches="tight")
     for name, by_kind in means.items():
         print(name, {kind: round(mean, 2) for kind, mean in by_kind.items()})
