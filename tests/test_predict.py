@@ -207,6 +207,7 @@ def test_invalid_prompts_raise_before_anything_is_written(capsys, tmp_path, monk
         (dict(prompt="xyz"), UserError, "'x'"),
         (dict(prompts=missing), UserError, "cannot read .*none.txt: No such file"),
         (dict(prompts=str(tmp_path)), UserError, "cannot read "),
+        (dict(prompts="\udfff"), UserError, "cannot read .*surrogates"),
         (dict(prompts=str(empty)), UserError, "empty.txt is empty"),
         (dict(prompts=str(binary)), UserError, "cannot read .*binary.txt: .*utf-8.* position 3"),
     ]:

@@ -41,7 +41,8 @@ def find_config(name: str) -> str:
         problem = f"cannot read --config {name}: {getattr(error, 'strerror', None) or error}"
         shipped = f"shipped configurations: {', '.join(shipped_configs())}"
         fail(f"{problem if name else '--config needs a file'}\n{shipped}", status=2)
-    with suppress(yaml.YAMLError, AttributeError, KeyError):  # jsonargparse says what is wrong
+    # jsonargparse says what else is wrong.
+    with suppress(yaml.YAMLError, AttributeError, KeyError, RecursionError):
         for group in ("trainer", "model", "data", "generate"):  # but it would drop a value
             if not isinstance(value := yaml.safe_load(text).get(group, {}), dict):
                 fail(f"{path}: {group} is {value}; it must be a mapping of settings", status=2)
@@ -75,7 +76,7 @@ def parse_or_exit(parser: ArgumentParser, parse: Callable[[], Namespace]) -> Nam
     """The result of `parse`; an invalid option ends the process with a plain message."""
     try:
         return parse()
-    except (ArgumentError, argparse.ArgumentError, TypeError) as error:
+    except (ArgumentError, argparse.ArgumentError, TypeError, RecursionError) as error:
         fail(explain(str(error), list(parser.get_defaults().keys())), status=2)
 
 

@@ -94,7 +94,7 @@ def read_prompts(prompt: str, prompts: str) -> list[str]:
     try:
         data = Path(prompts).expanduser().read_bytes() if prompts else sys.stdin.buffer.read()
         text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also a name that cannot be encoded
         reason = getattr(error, "strerror", error)
         raise UserError(f"cannot read {prompts or 'standard input'}: {reason}") from error
     if prompts and not text:
