@@ -41,7 +41,7 @@ TESTS = {  # files and the tests that should catch changes to them, fastest firs
     "chargpt/data/datasets.py": "test_data",
     "chargpt/data/texts.py": "test_texts test_token_file",
     "chargpt/data/module.py": "test_data test_resume",
-    "chargpt/data/token_file.py": "test_token_file test_data",
+    "chargpt/data/token_file.py": "test_token_file test_texts test_data",
     "chargpt/training/optimizers.py": "test_optimizers test_module",
     "chargpt/training/module.py": "test_module test_lightning test_resume",
     "chargpt/training/checkpointing.py": "test_checkpointing test_resume test_distributed",
