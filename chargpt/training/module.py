@@ -249,11 +249,11 @@ class GPTModule(LightningModule):
         """Log the mean loss over all characters of the split, in nats and in bits (bpc)."""
         split = "test" if self.trainer.testing else "val"
         loss = self.mean_loss.compute()  # of all ranks together
-        characters = self.mean_loss.weight.clone()  # reduced in place
-        self.scored = int(self.trainer.strategy.reduce(characters, reduce_op="sum"))
         if not torch.isfinite(loss):
             raise diverged(f"{split}_loss", loss.item(), self.global_step)
         self.log_dict({f"{split}_loss": loss, f"{split}_bpc": loss / math.log(2)})
+        characters = self.mean_loss.weight.clone()  # reduced in place
+        self.scored = int(self.trainer.strategy.reduce(characters, reduce_op="sum"))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
