@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -573,12 +574,19 @@ def test_a_full_disk_between_validations_names_the_folder_and_leaves_the_checkpo
 
     write = SummaryWriter.add_scalar
 
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def add_scalar(self, tag, value, global_step=None, *args, **kwargs):
-        if global_step == 5:  # as TensorBoard's writing thread does, without a name
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if global_step == 5:  # as TensorBoard does, first in its thread, without a name
+            thread = threading.Thread(target=fail)
+            thread.start()
+            thread.join()
+            fail()
         return write(self, tag, value, global_step, *args, **kwargs)
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
     assert_error(fit(), 1, os.strerror(errno.ENOSPC), str(RUN))
     assert read(folder / LAST)["global_step"] >= 4
 

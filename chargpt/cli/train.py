@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,7 @@ def run(command: str, args: list[str]) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # they log their tables
+    threading.excepthook = print_thread_error
     folder = "the run folder"
     try:
         cli = TrainingCLI(command, args)
@@ -80,6 +82,12 @@ def run(command: str, args: list[str]) -> None:
         for name, value in cli.trainer.callback_metrics.items():
             print(name, value.item())
         cli.print_score()
+
+
+def print_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the main thread, which reports it; TensorBoard writes in a thread."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 PLAIN_MESSAGES = {  # of errors of libraries that users cause, by a part of theirs
