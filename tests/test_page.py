@@ -695,7 +695,7 @@ def test_keyboard_focus_stays_when_a_head_is_chosen(opened):
     opened.write("abba", max_new_chars=14, seed=2)
     opened.element("#text").send_keys(Keys.END)
     opened.element("input[value=surprise]").send_keys(Keys.ARROW_RIGHT)
-    assert opened.text("#stage") == "Attention 1"
+    opened.wait("document.querySelector('#stage').textContent === 'Attention 1'")
     opened.wait("inside.trace?.maps")
     opened.element(".map:nth-child(2) button").send_keys(Keys.ENTER)
     opened.wait("inside.trace?.pair && document.querySelector('.chosen')")
