@@ -591,6 +591,11 @@ def test_a_full_disk_between_validations_names_the_folder_and_leaves_the_checkpo
     assert read(folder / LAST)["global_step"] >= 4
 
 
+def test_a_run_folder_that_is_deleted_is_a_plain_error(folder, fit, at_step):
+    at_step(5, lambda: shutil.rmtree(folder / RUN))
+    assert_error(fit(), 1, "cannot write", str(RUN))
+
+
 def test_showwarning_is_restored_when_a_command_ends(trained, monkeypatch):
     monkeypatch.chdir(trained)
     before = warnings.showwarning

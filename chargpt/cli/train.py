@@ -111,6 +111,8 @@ def plain_message(error: BaseException | None, folder: str) -> str | None:
                 f"cannot write to {folder}: {error.strerror}\nits checkpoints are "
                 "intact; make room, then repeat the command with --ckpt_path last"
             )
+        if isinstance(error, OSError) and str(folder) in repr(error.filename):  # it was deleted
+            return f"cannot write to {folder}: {error.strerror}"
         if isinstance(error, (MisconfigurationException, ModuleNotFoundError)) or (
             "conditioned on metric" in message  # a misspelled `monitor` of EarlyStopping
         ):
