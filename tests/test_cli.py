@@ -498,6 +498,7 @@ CONFIGS = {
         (["--model.dropout=-0.1"], 1, "dropout is -0.1"),
         (["--model.lr=0"], 1, "lr is 0.0"),
         (["--seed_everything=-1"], 1, "seed_everything is -1"),
+        (["--seed_everything=true"], 2, "--seed_everything: True is not a whole number"),
         # the trainer
         (["--trainer.accelerator=banana"], 1, "banana"),
         (["--trainer.devices=0"], 1, "devices"),

@@ -579,7 +579,9 @@ def test_a_full_disk_between_validations_names_the_folder_and_leaves_the_checkpo
 
     def add_scalar(self, tag, value, global_step=None, *args, **kwargs):
         if global_step == 5:  # as TensorBoard does, first in its thread, without a name
-            thread = threading.Thread(target=fail)
+            thread = type("Writer", (threading.Thread,), {"__module__": "tensorboard.x"})(
+                target=fail
+            )
             thread.start()
             thread.join()
             fail()

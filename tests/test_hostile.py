@@ -313,7 +313,7 @@ STREAMS = {
     "a memo of four billion slots": b"\x80\x02}r\xff\xff\xff\xff.",
     "a list nested a hundred thousand times": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "a key nested half a million times": b"\x80\x02})" + b"\x85" * 500_000 + b"Ns.",
-    "a hundred thousand empty sets": b"\x80\x04](" + b"\x8f" * 100_000 + b"e.",
+    "a million empty sets": b"\x80\x04](" + b"\x8f" * 1_000_000 + b"e.",
     "copies of a dictionary": (
         b"\x80\x02}q\0("
         + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(60_000))
@@ -646,8 +646,7 @@ def test_an_endless_text(attack, world, kind):
         os.truncate(path, 1 << 40)
     others = {"device": "/dev/zero", "root": "/", "address": "http://127.0.0.1:9/x", "nothing": ""}
     world.tamper(data(corpus=others.get(kind, str(path)), corpus_name="text"))
-    # All commands scan the same folder, which takes seconds.
-    assert_refused(attack(("fit",) if kind == "root" else TRAINING))
+    assert_refused(attack(TRAINING))
 
 
 # ---- state that training resumes ----

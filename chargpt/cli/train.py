@@ -85,8 +85,8 @@ def run(command: str, args: list[str]) -> None:
 
 
 def print_thread_error(args: threading.ExceptHookArgs) -> None:
-    """Leave a full disk to the main thread, which reports it; TensorBoard writes in a thread."""
-    if not isinstance(args.exc_value, OSError):
+    """Print a thread's traceback, but not that of TensorBoard's: the main thread reports it."""
+    if not type(args.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(args)
 
 
@@ -111,7 +111,7 @@ def plain_message(error: BaseException | None, folder: str) -> str | None:
                 f"cannot write to {folder}: {error.strerror}\nits checkpoints are "
                 "intact; make room, then repeat the command with --ckpt_path last"
             )
-        if isinstance(error, OSError) and str(folder) in repr(error.filename):  # it was deleted
+        if isinstance(error, OSError) and "tfevents" in repr(error.filename):  # TensorBoard's file
             return f"cannot write to {folder}: {error.strerror}"
         if isinstance(error, (MisconfigurationException, ModuleNotFoundError)) or (
             "conditioned on metric" in message  # a misspelled `monitor` of EarlyStopping
@@ -175,6 +175,14 @@ class TrainingCLI(LightningCLI):
             )
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of the weights, of the sequences in each batch, and of dropout.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.args = args = find_configs(args)

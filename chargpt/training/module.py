@@ -146,10 +146,11 @@ class GPTModule(LightningModule):
 
     def configure_model(self) -> None:
         try:
-            check_trainer(self.trainer, self.config)
-        except RuntimeError:  # no Trainer: in load_from_checkpoint, on_load_checkpoint builds
+            trainer = self.trainer
+        except RuntimeError:  # in load_from_checkpoint, where on_load_checkpoint builds
             return
-        data = datamodule_of(self.trainer)
+        check_trainer(trainer, self.config)
+        data = datamodule_of(trainer)
         if not hasattr(self, "gpt"):
             known = self.initial[1] if self.initial else Vocabulary("")
             self.build(known.extended(data.corpus.vocabulary))
