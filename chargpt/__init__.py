@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.3.0"
 
-# The module of each public name, imported at its first use: generating text needs no Lightning.
+# The module of each public name, imported on first use: generating text needs no Lightning.
 MODULES = dict.fromkeys(("GPT", "GPTConfig", "KVCache", "UserError"), "chargpt.model") | {
     "Vocabulary": "chargpt.vocabulary",
     "GenerationConfig": "chargpt.generation",

@@ -1,10 +1,18 @@
-"""Checkpoints: where runs store them, and how to load a network from one.
+"""Checkpoints: where runs store them, and how to read one safely and load its network.
 
 lightning_logs/version_3/checkpoints/best.ckpt  the lowest validation loss at the longest context
 lightning_logs/version_3/checkpoints/last.ckpt  after each validation, at the end, and on a signal
+
+`torch.load(weights_only=True)` runs no code, but a file of a kilobyte can make it exhaust the
+memory (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks at the end of
+this file refuse such files.
 """
 
 import math
+import pickletools
+import re
+import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 
 import chargpt
 from chargpt.atomic_file import atomic_write
-from chargpt.checkpoint_file import check_values, check_weights, read_tensors_and_plain_values
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.vocabulary import Vocabulary
 
@@ -30,6 +37,11 @@ PARTS: dict[str, type] = dict(state_dict=dict, hyper_parameters=dict, global_ste
 PARTS |= dict(datamodule_hyper_parameters=dict, vocabulary=str, chargpt=dict)
 PARTS |= dict(loops=dict, callbacks=dict, optimizer_states=list)
 NO_TRAINING_STATE: dict[str, Any] = dict(loops={}, callbacks={}, optimizer_states=[])
+
+MAX_PICKLE_BYTES = 4 << 20  # of all but the tensors' data; about 140 bytes per tensor
+MAX_TUPLES = 40_000  # four per tensor; hashing a tuple nested more deeply overflows the C stack
+MAX_DEPTH = 20  # of nested collections; Lightning's loops need 8
+GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 
 
 def find_checkpoints(root: str | Path) -> list[Path]:
@@ -54,7 +66,7 @@ def new_run(root: str | Path) -> Path:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint belongs to; None for a file stored elsewhere."""
-    for folder in checkpoint.absolute().parents[:2]:  # also of one in checkpoints/own
+    for folder in checkpoint.absolute().parents[:2]:  # two levels up for checkpoints/own
         run = folder.parent
         if folder.name == FOLDER and (run.parent.name == LOGS or (run / ".lock").exists()):
             return run
@@ -107,12 +119,12 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
         config = GPTConfig(**{name: settings[name] for name in ours.get("network", [])})
     except (TypeError, KeyError) as error:  # it names the setting
         raise UserError(
-            f"{path} has settings of the network that this version of chargpt does not support: "
+            f"{path} has network settings that this version of chargpt does not support: "
             f"{error}\nread it with the version that wrote it"
         ) from error
     context = ours.get("context", config.block_size)
     if type(context) is not int or not 1 <= context <= config.block_size:
-        raise UserError(f"{path} has a context of {str(context)[:80]}, beyond its block_size")
+        raise UserError(f"{path} has the context {str(context)[:80]}; it must be 1 to block_size")
     if any("\ud800" <= character <= "\udfff" for character in checkpoint["vocabulary"]):
         raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
     vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -123,9 +135,9 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     }
     check_weights(weights, path)
     if config.n_layer > len(weights):  # before any memory is allocated for so many
-        raise UserError(f"{path} has n_layer {config.n_layer}, but weights of fewer layers")
+        raise UserError(f"{path} has n_layer {config.n_layer}, but weights for fewer layers")
     try:
-        # The weights come from the file: none are allocated, drawn or copied.
+        # The weights come from the file: none are allocated, initialized or copied.
         with torch.device("meta"), SkipNormal():
             gpt = GPT(config, len(vocabulary))
         shared: dict[Tensor, nn.Parameter] = {}  # several modules may have the same parameter
@@ -136,7 +148,7 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
     except (RuntimeError, TypeError) as error:  # the latter for sizes that overflow
         reason = str(error).splitlines()[-1].strip()  # mismatches are below a headline
         raise UserError(f"{path}: the weights do not fit the settings: {reason}") from error
-    if context < config.block_size:  # contexts were short, so longer ones have not been learned
+    if context < config.block_size:  # training stopped while contexts were short
         gpt.config = replace(config, block_size=context)
         if gpt.position_embedding is not None:
             positions = gpt.position_embedding.weight[:context].detach().clone()
@@ -145,7 +157,7 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
 
 
 class SkipNormal(TorchFunctionMode):
-    """Draws no weights: on the meta device that would import a compiler, which takes a second."""
+    """Skips `nn.init.normal_`, which imports a compiler on the meta device and takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -172,7 +184,7 @@ def describe(vocabulary: Vocabulary) -> dict[str, Any]:
 def checkpoint_of(
     weights: dict[str, Tensor], config: GPTConfig, vocabulary: Vocabulary, **parts: Any
 ) -> dict[str, Any]:
-    """A checkpoint of a network without training state, and with additional parts."""
+    """A checkpoint of a network without training state, plus any additional parts."""
     return {
         "pytorch-lightning_version": version("lightning"),  # Lightning asks for it when it loads
         "state_dict": {f"gpt.{name}": weight for name, weight in weights.items()},
@@ -186,12 +198,12 @@ def checkpoint_of(
 
 
 def save(gpt: GPT, vocabulary: Vocabulary, path: str | Path) -> None:
-    """Save a network and its vocabulary as a checkpoint that `load` and all commands read."""
+    """Save a network and its vocabulary as a checkpoint; it can be loaded, but not resumed."""
     write_checkpoint(checkpoint_of(gpt.state_dict(), gpt.config, vocabulary), Path(path))
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically; after an error, one that was there before is unchanged.
+    """Write a checkpoint atomically; after an error, an existing file is unchanged.
 
     Raises:
         UserError: it contains values that are not plain, or the file cannot be written.
@@ -211,3 +223,109 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             f"cannot write the checkpoint {path.absolute()}: {reason}\n"
             "earlier checkpoints are intact; check permissions and free space"
         ) from error
+
+
+# ---- safe reading ----
+
+
+def read_tensors_and_plain_values(path: Path) -> Any:
+    """Load a file written by `torch.save` onto the CPU.
+
+    The result contains dicts, lists, tuples, strings, bytes, numbers, booleans, None, and dense,
+    contiguous tensors; a file that is damaged or contains anything else raises a UserError.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            pickle_bytes = check_archive(archive, size)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(content, max_values=pickle_bytes, max_bytes=2 * size)
+        return content
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        reason = error if isinstance(error, UserError) else "is truncated or damaged"
+        raise UserError(
+            f"the checkpoint {path} {reason}\nchoose another: --ckpt_path PATH"
+        ) from error
+
+
+def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
+    """Check the records before anything is loaded; return the length of the pickle in bytes."""
+    entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > file_size:
+        raise UserError("declares more data than the file holds: torch.save did not write it")
+    (entry,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+    if entry.file_size > MAX_PICKLE_BYTES:
+        raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB of non-tensor data")
+    tuples = 0
+    for opcode, name, _ in pickletools.genops(archive.read(entry)):
+        tuples += opcode.name.startswith("TUPLE")
+        is_global = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
+        if is_global and not re.fullmatch(GLOBALS, str(name)):
+            raise UserError(f"contains {name}; only tensors and plain values are read, not code")
+    if tuples > MAX_TUPLES:
+        raise UserError("contains too many tuples")
+    return entry.file_size
+
+
+def check_values(root: Any, max_values: float = math.inf, max_bytes: float = math.inf) -> None:
+    """Raise a UserError if values are not plain, or are too many, too large or nested too deeply.
+
+    Shared values count each time, so nested sharing cannot multiply the size.
+    """
+    stack = [(root, 0)]
+    while stack:
+        value, depth = stack.pop()
+        children: list[Any] = []
+        if isinstance(value, (dict, list, tuple)):
+            children = list(value) + (list(value.values()) if isinstance(value, dict) else [])
+        elif isinstance(value, Tensor):
+            max_bytes -= max(value.nbytes, value.untyped_storage().nbytes())
+            if not value.is_contiguous() or value.is_quantized or value.requires_grad:
+                raise UserError("contains a tensor that is not plain and contiguous")
+        elif not isinstance(value, (str, int, float, bytes, type(None))):
+            raise UserError(f"contains a {type(value).__name__}")
+        max_values -= len(children)
+        if max_values < 0 or max_bytes < 0 or depth > MAX_DEPTH:
+            raise UserError("contains values that are shared too often or nested too deeply")
+        stack += [(child, depth + 1) for child in children]
+
+
+def check_weights(weights: dict[str, Any], source: str | Path) -> None:
+    """Raise a UserError unless all weights are finite floating-point tensors of one dtype."""
+    for name, weight in weights.items():
+        check_finite(weight, f"{source}: the weight {name}")
+    if len({weight.dtype for weight in weights.values()}) > 1:
+        raise UserError(f"{source}: the weights have different dtypes; all must have the same")
+
+
+def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> None:
+    """Raise a UserError unless an optimizer's `state_dict` fits: fused AdamW crashes otherwise.
+
+    Saved parameters correspond to those of `groups` by position. Each value of a parameter's state
+    must be a finite floating-point tensor of the parameter's shape, or a scalar if it is `step`.
+    """
+    try:
+        parameters: dict[Any, Tensor] = {}  # by the ids that they were saved with
+        for saved, group in zip(state["param_groups"], groups, strict=True):
+            parameters.update(zip(saved["params"], group, strict=True))
+        states = [(parameters[id], dict(values)) for id, values in state["state"].items()]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError("the optimizer state is damaged or belongs to other parameters") from None
+    for parameter, values in states:
+        for name, value in values.items():
+            check_finite(value, f"the optimizer's {name}")
+            shape = [] if name == "step" else list(parameter.shape)
+            if list(value.shape) != shape:
+                raise UserError(
+                    f"the optimizer's {name} has shape {list(value.shape)}, not {shape}"
+                )
+
+
+def check_finite(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise UserError(f"{name} is not a floating-point tensor")
+    if not value.isfinite().all():
+        raise UserError(f"{name} is not finite")

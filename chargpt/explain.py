@@ -1,4 +1,4 @@
-"""Follow one character through a small network, before and after training, with all numbers.
+"""Follow one character through a small network, before and after training, in numbers.
 
     python -m chargpt.explain                       # half a minute
     python -m chargpt.explain path/to/input.txt     # your own text
@@ -110,7 +110,7 @@ def show_shapes(model: BigramLangModel, idx: Tensor) -> None:
     for name, shape, tensor in (
         ("ids", "B, T", idx),
         ("token embedding + position embedding", "B, T, C", x),
-        ("query of one head (key and value alike)", "B, T, D", head.query(normed)),
+        ("query of one head (key, value: the same)", "B, T, D", head.query(normed)),
         ("attention weights of that head", "B, T, T", head.weights(normed)),
         ("its output", "B, T, D", head(normed)),
         ("all heads concatenated and projected", "B, T, C", block.attention(normed)),
@@ -138,7 +138,7 @@ def show_embedding(model: BigramLangModel, idx: Tensor, line: str) -> None:
 
 @torch.no_grad()
 def show_head(name: str, head: Head, x: Tensor, line: str) -> None:
-    """Print one row of attention: scores, weights and values of a character and those before."""
+    """Print one row of attention: scores, weights and values of a character and those before it."""
     q, k, v = (layer(x)[0, : POSITION + 1] for layer in (head.query, head.key, head.value))
     scores = k @ q[POSITION] / math.sqrt(q.size(-1))  # (POSITION + 1,)
     weights = head.weights(x)[0, POSITION, : POSITION + 1]
@@ -202,7 +202,7 @@ def show_gradient(
 ) -> tuple[int, int]:
     """Print the gradient of one weight of the output head, three ways; return the weight's index.
 
-    Of the weights for the target at POSITION, the one with the largest gradient.
+    It is the one with the largest gradient among those for the target at POSITION.
     """
     with torch.no_grad():
         x = model.token_embedding(idx) + model.position_embedding.weight[: idx.size(1)]
@@ -223,7 +223,7 @@ def show_gradient(
         model.head.weight[i, j] += 0.01
         change = model(idx, targets)[1] - loss
         model.head.weight[i, j] -= 0.01
-    print(f"the weight increased by 0.01: the loss changes by {change:.6f}")
+    print(f"increasing the weight by 0.01 changes the loss by {change:.6f}")
     return i, j
 
 

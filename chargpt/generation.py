@@ -23,10 +23,10 @@ class GenerationConfig:
     max_new_chars: int = 500
     """Maximum number of characters to generate after the prompt."""
     temperature: float = 0.8
-    """Logits are divided by it: below 1 likely characters become more likely, above 1 less so; 0
+    """Logits are divided by it: below 1, likely characters become more likely; above 1, less; 0
     always takes the most likely one (greedy decoding)."""
     top_k: int | None = None
-    """Sample from this many of the most likely characters only."""
+    """Sample only from this many of the most likely characters."""
     top_p: float | None = None
     """Nucleus sampling: sample from the smallest set of most likely characters whose total
     probability reaches top_p (arXiv:1904.09751), after temperature and top_k."""
@@ -34,7 +34,7 @@ class GenerationConfig:
     """Stop when any of these strings is generated; the string itself is not included. On the
     command line a list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
-    """Seed of the random choices."""
+    """Random seed for sampling."""
 
     def __post_init__(self) -> None:
         check(self, "max_new_chars", "at least 0", lambda n: n >= 0)
@@ -52,8 +52,8 @@ class GenerationConfig:
 def uniform(seed: int, sample: int, position: int) -> float:
     """A random number in [0, 1) for a character of a text (a counter-based generator).
 
-    It depends only on its arguments (of the seed, the low 64 bits), so a text doesn't depend on its
-    batch or on where it was continued. `export/page.js` has the same function.
+    It depends only on its arguments (only the low 64 bits of the seed), so a text is the same in
+    any batch, and if it is generated in parts. `export/page.js` has the same function.
     """
     bits = mix(position)
     for word in (sample, seed, seed >> 32):
@@ -62,7 +62,7 @@ def uniform(seed: int, sample: int, position: int) -> float:
 
 
 def mix(bits: int) -> int:
-    """A hash of 32 bits in which every bit depends on every other (lowbias32, C. Wellons 2018)."""
+    """A 32-bit hash: each output bit depends on all input bits (lowbias32, C. Wellons 2018)."""
     bits = (bits + 0x9E3779B9) & 0xFFFFFFFF  # 0 would stay 0
     bits = (bits ^ bits >> 16) * 0x7FEB352D & 0xFFFFFFFF
     bits = (bits ^ bits >> 15) * 0x846CA68B & 0xFFFFFFFF
@@ -106,7 +106,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class SequenceState:
-    """A text while it is generated."""
+    """A text being generated."""
 
     row: int  # index of the prompt
     sample: int
@@ -149,8 +149,8 @@ def generate(
 ) -> Iterator[list[Chunk]]:
     """Continue all prompts (at least one id each) in one batch, each as if it were alone.
 
-    Each step yields a Chunk per text with new ids, and a final one for each text that finishes,
-    just before its first stop sequence or at its full length. `samples[i]` is the index of text i
+    Each step yields one Chunk for each text that has new ids or finishes, just before its first
+    stop sequence or at its full length. `samples[i]` is the index of text i
     among the samples of its prompt (default 0). No random state is used or changed.
     """
     if config.max_new_chars == 0:
@@ -167,7 +167,7 @@ def generate(
             newest = torch.tensor([text.window[-1:] for text in texts], device=cache.ids.device)
             logits = gpt(newest, cache)[:, -1].to("cpu", torch.float32)
         if not math.isfinite(logits.amax()):
-            raise UserError("the network is broken: its logits are NaN or infinite")
+            raise UserError("the network's logits are NaN or infinite")
         uniforms = [uniform(config.seed, text.sample, text.length) for text in texts]
         ids = sample(logits, config, torch.tensor(uniforms, dtype=torch.float64)).tolist()
         chunks = [text.add(id, stops, remaining == 0) for text, id in zip(texts, ids)]
@@ -184,7 +184,7 @@ def generate(
 def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState]) -> None:
     """Compute the cache of new texts and full windows, except for the newest character.
 
-    Windows of equal length are a batch; identical ones are computed once.
+    Windows of equal length form a batch; identical ones are computed once.
     """
     by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for row, text in enumerate(texts):

@@ -7,8 +7,8 @@
     layers[0].attention[0, 1]    # layer 0, head 1: each row has the weights of one position
     logit_lens(model.gpt, layers)[1, 0, -1]    # the logits of the next character after one block
 
-The network's fused attention kernel never stores the weights; here forward hooks compute them a
-second time, so there is no cost outside the `with` statement.
+The network's fused attention kernel never materializes the weights; here forward hooks recompute
+them, so there is no cost outside the `with` statement.
 """
 
 import math
@@ -42,7 +42,7 @@ def inspect(gpt: GPT) -> Iterator[list[Layer]]:
     characters cover all S positions in the cache.
 
     Args:
-        gpt: the network, called as a module inside of the `with` statement.
+        gpt: the network, called as a module inside the `with` statement.
     """
     layers: list[Layer] = []
     recorded: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -74,7 +74,7 @@ def attention_weights(
     mask: Tensor | None = None,
     cache: LayerCache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights softmax(q k^T / sqrt(D)), (B, H, T, S), queries and keys, for the input x."""
+    """Attention weights (B, H, T, S), and queries and keys, for the input x."""
     q, k, _ = attention.query_key_value(x, angles)
     if cache is not None:
         k = cache.keys.to(q.dtype)  # attention has stored the new ones
@@ -89,7 +89,7 @@ def attention_weights(
 def logit_lens(gpt: GPT, layers: Sequence[Layer]) -> Tensor:
     """Logits after the embeddings and after each block, (n_layer + 1, B, T, V): a logit lens.
 
-    The final norm and the head are applied to the residual stream of each stage, as the network
+    The final norm and the head are applied to the residual stream at each stage, as the network
     applies them to the last ("interpreting GPT: the logit lens", nostalgebraist 2020).
 
     Args:

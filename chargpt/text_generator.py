@@ -33,14 +33,16 @@ class TextGenerator(nn.Module):
 
     Raises:
         UserError: the sizes of network and vocabulary differ; in the methods, a setting is invalid,
-            or a character unknown.
+            or a character is unknown.
     """
 
     def __init__(self, gpt: GPT, vocabulary: Vocabulary) -> None:
         super().__init__()
         size = gpt.token_embedding.num_embeddings
         if size != len(vocabulary):
-            raise UserError(f"the network has {size} characters, the vocabulary {len(vocabulary)}")
+            raise UserError(
+                f"the network has {size} characters, but the vocabulary {len(vocabulary)}"
+            )
         self.gpt = gpt
         self.vocabulary = vocabulary
 
@@ -49,7 +51,7 @@ class TextGenerator(nn.Module):
         return (prompt or self.opening) + "".join(self.stream(prompt, **settings))
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
-        """The continuation, character by character while it is generated.
+        """The continuation, character by character as it is generated.
 
         With stop strings, output lags by one less than the length of the longest.
         """
@@ -59,7 +61,7 @@ class TextGenerator(nn.Module):
     def complete_all(
         self, prompts: Sequence[str], num_samples: int = 1, **settings: Any
     ) -> list[list[str]]:
-        """`num_samples` texts for each prompt, in batches; the first is that of `complete`."""
+        """`num_samples` texts for each prompt, in batches; the first is what `complete` returns."""
         prompts = [prompt or self.opening for prompt in prompts]
         texts = [prompt for prompt in prompts for _ in range(num_samples)]
         for row, text, _ in self.write(prompts, GenerationConfig(**settings), num_samples):
@@ -71,8 +73,8 @@ class TextGenerator(nn.Module):
     ) -> Iterator[tuple[int, str, bool]]:
         """The continuations of several prompts, in chunks; invalid arguments raise at once.
 
-        A chunk is the index of its text (prompt * num_samples + sample), new characters, and
-        whether it is the last of this text, which may be empty.
+        A chunk is the index of its text (prompt * num_samples + sample), its new characters
+        (perhaps none in the last chunk), and whether it is the last chunk of its text.
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be at least 1")
@@ -118,7 +120,7 @@ class TextGenerator(nn.Module):
 
 
 def load(path: str | Path | None = None) -> TextGenerator:
-    """Load a checkpoint, on the CPU and in evaluation mode; no code in the file is run.
+    """Load a checkpoint onto the CPU, in evaluation mode; no code in the file is run.
 
     `path` may be "last" or "best" (the default), of the newest run under ./lightning_logs.
     """

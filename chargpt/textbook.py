@@ -40,8 +40,8 @@ dropout = 0.2  # fraction of activations set to zero during training
 eval_interval = 500  # steps between loss estimates
 eval_characters = 50_000  # characters of each split per estimate
 
-# Two minutes on two CPU cores. A network this small tolerates larger steps, and it sees too little
-# text to overfit, so it needs no dropout.
+# Two minutes on two CPU cores. A network this small tolerates a higher learning rate, and makes too
+# few passes over the text to overfit, so it needs no dropout.
 SMALL = dict(block_size=64, n_embed=128, n_head=4, n_layer=3, dropout=0.0)
 SMALL_TRAINING = dict(batch_size=16, epochs=1500, lr=3e-3)
 
@@ -229,7 +229,7 @@ def train(
             optimizer.param_groups[0]["lr"] = lr * (1 - step / epochs)  # falls to 0
             _, batch_loss = model(*get_batch(data["train"], model.block_size, batch_size))
             optimizer.zero_grad()
-            batch_loss.backward()  # the gradient of the loss for each weight
+            batch_loss.backward()  # the gradient of the loss with respect to each weight
             optimizer.step()
 
 
@@ -265,7 +265,7 @@ def main() -> None:
         "text",
         nargs="?",
         type=Path,
-        help="a UTF-8 text file (default: tiny Shakespeare where `chargpt fit` has stored it, "
+        help="a UTF-8 text file (default: tiny Shakespeare if `chargpt fit` has downloaded it, "
         "otherwise Python's reference manual)",
     )
     parser.add_argument("--small", action="store_true", help="train for two minutes on two cores")

@@ -16,7 +16,7 @@ from chargpt.model import UserError
 UNKNOWN = -1
 MAX_NAMED = 10  # an error names this many different characters
 
-# Characters that people paste, and what an old text has instead, the most likely first.
+# Characters that people paste, and their equivalents in old texts, the most likely first.
 STAND_INS = dict.fromkeys("‘’′`´", "'") | dict.fromkeys("“”„«»", "\"'")
 STAND_INS |= dict.fromkeys("‐‑–—−_", "-") | {"‚": "',", '"': "'", "'": "’", "\t": " ", "\r": "\n"}
 
@@ -56,19 +56,19 @@ class Vocabulary:
         return ids.astype(self.dtype)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of ids: a list, an array or a tensor in one dimension, or a single id."""
+        """The text of a one-dimensional list, array or tensor of ids, or of a single id."""
         ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
         if ids.size == 0:
             return ""
         if ids.dtype.kind not in "iu" or ids.ndim > 1:
-            raise TypeError(f"ids must be integers in one dimension, not {ids.dtype} {ids.shape}")
+            raise TypeError(f"ids must be one-dimensional integers, not {ids.dtype} {ids.shape}")
         for id in (ids.min(), ids.max()):
             if not 0 <= id < len(self):
                 raise UserError(f"id {id} is outside the vocabulary of {len(self):,} characters")
         return self._codes[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
     def _describe_unknown(self, text: str) -> str:
-        """Which characters of a text are unknown, where they are first, and what is similar."""
+        """Which characters of a text are unknown, where each first occurs, and what is similar."""
         known = set(self.characters)
         unknown = [c for c in dict.fromkeys(text) if c not in known]
         named = []

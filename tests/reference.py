@@ -56,9 +56,8 @@ class Head(nn.Module):
 
 def activate(x: Tensor, activation: str) -> Tensor:
     positive = torch.where(x > 0, x, torch.zeros_like(x))
-    if activation == "gelu":
-        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-    return positive if activation == "relu" else positive**2
+    gelu = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return {"relu": positive, "gelu": gelu, "relu2": positive**2}[activation]
 
 
 class Block(nn.Module):

@@ -188,7 +188,7 @@ def test_a_checkpoint_within_an_accumulation_is_refused(tmp_path):
                 trainer.save_checkpoint(tmp_path / "within.ckpt")
 
     train(tmp_path, Saves(save_top_k=0), accumulate_grad_batches=3)
-    with pytest.raises(UserError, match="within an accumulation"):
+    with pytest.raises(UserError, match="during gradient accumulation"):
         train(tmp_path, ckpt_path=tmp_path / "within.ckpt", accumulate_grad_batches=3)
 
 

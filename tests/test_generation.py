@@ -139,7 +139,7 @@ def test_a_network_with_nan_or_infinite_weights_is_reported_as_broken(number, co
     gpt = random_gpt()
     with torch.no_grad():
         gpt.head.weight[3, 3] = number
-    with pytest.raises(UserError, match="the network is broken"):
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
         write(gpt, [[1, 2]], 3, config)
 
 

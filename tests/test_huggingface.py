@@ -403,12 +403,20 @@ def test_the_model_card_describes_training_and_loss(trained, command, tmp_path):
     assert "text.txt" in card
     assert "n_embd: 8" in card
     assert str(trained) not in card  # paths are private
+    assert "the part of the text after the training part" in card
+    separate = {"val_corpus": "/secret/val.txt"}
+    named = checkpoint | {
+        "datamodule_hyper_parameters": checkpoint["datamodule_hyper_parameters"] | separate
+    }
+    export(generator, named, tmp_path / "b", "float16")
+    card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert "split, a separate text:" in card and "secret" not in card
     for change in ({"val_loss": None}, {"trainer": {"limit_val_batches": 1}}):
         export(
             generator, checkpoint | {"chargpt": ours | change}, tmp_path / str(change), "float16"
         )
         card = (tmp_path / str(change) / "README.md").read_text(encoding="utf-8")
-        assert "not validated" in card
+        assert "no loss of these weights" in card
 
 
 # ---- atomicity ----

@@ -254,11 +254,28 @@ def test_logits_match_pytorch(tmp_path, switches, dtype, simd):
     generator = make_generator(half=dtype == "float16", **switches)
     block_size, V = generator.gpt.config.block_size, len(CHARACTERS)
     ids = random.Random(2).choices(range(V), k=block_size)
-    found = node(make_page(tmp_path, generator, dtype), "logits_of(input)", ids, simd)
+    script = "check_example(gpt, DATA.example); logits_of(input)"
+    found = node(make_page(tmp_path, generator, dtype), script, ids, simd)
     with torch.no_grad():
         expected = generator.gpt(torch.tensor([ids]))[0]
     torch.testing.assert_close(torch.tensor(found).view(block_size, V), expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5  # predictions are not uniform
+
+
+def with_different_code() -> TextGenerator:
+    """A network with a change that neither a setting nor a weight tells."""
+    generator = make_generator()
+    generator.gpt.blocks[0].feed_forward.activation = torch.sigmoid
+    return generator
+
+
+@needs_node
+def test_a_network_whose_code_has_changed_is_noticed(tmp_path):
+    script = """
+    (() => { try { check_example(gpt, DATA.example) } catch (error) { return error.message } })()
+    """
+    message = node(make_page(tmp_path, with_different_code()), script)
+    assert message == "this page does not compute what its network computes in Python"
 
 
 SETTINGS = [
@@ -936,6 +953,13 @@ def test_errors_are_shown_and_the_field_is_marked_invalid(opened, usual):
     opened.click("#score")
     assert opened.text("#problem") == "scoring needs a text of at least two characters"
     assert opened.write("ab", max_new_chars=5) and opened.text("#problem") == ""
+
+
+def test_a_network_whose_code_has_changed_generates_nothing(chrome, tmp_path):
+    chrome.open(make_page(tmp_path, with_different_code()))
+    chrome.wait("document.getElementById('problem').textContent.includes('does not compute')")
+    assert chrome.text("#text") == ""
+    assert not chrome.element("#write").is_enabled()
 
 
 def test_the_page_stays_responsive_and_can_stop_while_generating(opened):

@@ -308,7 +308,7 @@ def test_explain_prints_a_gradient_and_a_step(tmp_path, text, monkeypatch, capsy
     out = capsys.readouterr().out
     by_hand = float(re.search(r"mean over the \d+ positions: (\S+)", out)[1])
     by_torch = float(re.search(r"PyTorch's gradient: (\S+)", out)[1])
-    by_trying = float(re.search(r"by 0.01: the loss changes by (\S+)", out)[1]) / 0.01
+    by_trying = float(re.search(r"by 0.01 changes the loss by (\S+)", out)[1]) / 0.01
     assert by_hand == by_torch == pytest.approx(by_trying, rel=0.05)
     (gradient,) = numbers(re.search(r"gradient .*: m", out)[0])
     assert gradient == by_torch

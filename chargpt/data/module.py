@@ -32,8 +32,8 @@ class CharDataModule(LightningDataModule):
         val_corpus: a text to validate on, instead of a fraction of the corpus.
         val_fraction: fraction of the corpus for validation, after the training part.
         test_fraction: fraction of the corpus for testing, at its end.
-        order: random positions, or epochs: each character once before any is read again, which is
-            better for a text that is read several times.
+        order: random positions, or epochs: each character at most once per pass over the text,
+            which is better if there are several.
         num_workers: processes that load batches; loading is so cheap that 0 is usually fastest,
             and where processes are spawned each has a copy of the text in memory.
         seed: chooses the sequences; the command line fills in seed_everything.

@@ -84,7 +84,7 @@ def convert_network(source: dict[str, Any], ckpt: Path) -> tuple[GPTConfig, dict
         )
         weights = rename_weights(state)
         if config.n_layer > len(weights):
-            raise UserError(f"n_layer is {config.n_layer}, but there are weights of fewer layers")
+            raise UserError(f"n_layer is {config.n_layer}, but there are weights for fewer layers")
         V, C = weights["token_embedding.weight"].shape
     except KeyError as error:
         raise UserError(f"{ckpt} lacks {error}; it is not a nanoGPT checkpoint") from error

@@ -97,9 +97,11 @@ def describe_loss(checkpoint: dict[str, Any]) -> str:
     """The validation loss of these exact weights, if they have been validated."""
     loss = validation_loss(checkpoint)
     if loss is None:
-        return "These weights were not validated before they were saved."
+        return "The checkpoint has no loss of these weights on a whole validation split."
+    separate = checkpoint["datamodule_hyper_parameters"].get("val_corpus")
+    split = "a separate text" if separate else "the part of the text after the training part"
     return f"""\
 Validation loss: **{loss:.4f}** nats per character ({loss / math.log(2):.4f} bits), the mean over
-the whole validation split: every character but the first is predicted exactly once, in consecutive
-sequences of block_size characters, without dropout. The split is the fraction `val_fraction` of the
-text that follows the training split."""
+the whole validation split, {split}: every
+character but the first is predicted exactly once, in consecutive sequences of block_size
+characters, without dropout."""

@@ -323,6 +323,15 @@ class GPT {
   }
 }
 
+// Throw an error unless the network computes the logits of an example that PyTorch has computed: the
+// network may have been changed in Python alone.
+function check_example(gpt, { ids, logits }) {
+  const computed = gpt.forward(ids, new KVCache(gpt)).slice(-gpt.vocab_size);
+  const tolerance = logits.reduce((most, logit) => Math.max(most, Math.abs(logit)), 1) / 1000;
+  if (!logits.every((logit, id) => Math.abs(logit - computed[id]) <= tolerance))
+    throw new Error("this page does not compute what its network computes in Python");
+}
+
 // ---- weights, in the format that page.py writes ----
 
 // base64 -> {name: {rows, columns, stride, values}}; float16 or float32, one matrix after another.
@@ -700,8 +709,9 @@ class Server {
     }
   }
 
-  load({ job, config, vocab_size, weights, base64 }) {
+  load({ job, config, vocab_size, weights, base64, example }) {
     this.gpt = new GPT(config, vocab_size, read_weights(base64, weights));
+    check_example(this.gpt, example);
     this.post({ type: "loaded", job });
   }
 

@@ -10,6 +10,7 @@ everything else, so the page can neither load anything nor send anything.
 """
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import torch
 
 from chargpt.atomic_file import atomic_write
 from chargpt.checkpoints import validation_loss
+from chargpt.export.comparison import random_ids
 from chargpt.generation import GenerationConfig
 from chargpt.model import GPT, UserError
 from chargpt.text_generator import TextGenerator
@@ -121,6 +123,7 @@ def build(generator: TextGenerator, figures: dict[str, Any], dtype: str) -> byte
         "stand_ins": STAND_INS,
         "weights": {"dtype": dtype, "shapes": shapes},
         "settings": asdict(GenerationConfig()),  # initial values of the controls
+        "example": example(gpt, dtype),
         "figures": figures,
     }
     folder = resources.files("chargpt.export")
@@ -153,6 +156,20 @@ def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
         chunks.append(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
         shapes.append((name, *matrix.shape))
     return b"".join(chunks), shapes
+
+
+@torch.no_grad()
+def example(gpt: GPT, dtype: str) -> dict[str, list[Any]]:
+    """Ids and the logits after them, which the page compares with its own when it is opened.
+
+    It finds what no setting tells: that the code of the network is no longer what page.js computes.
+    """
+    gpt = copy.deepcopy(gpt).float()
+    for parameter in gpt.parameters():
+        parameter.copy_(parameter.to(DTYPES[dtype]))  # as the page stores them
+    ids = random_ids(gpt, min(16, gpt.config.block_size))[:1]
+    logits = gpt(ids)[0, -1, :100]
+    return {"ids": ids[0].tolist(), "logits": [round(logit, 4) for logit in logits.tolist()]}
 
 
 def as_script_data(data: dict[str, Any]) -> str:

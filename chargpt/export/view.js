@@ -1041,7 +1041,8 @@ function start() {
   document.querySelector("input[value=attention]").addEventListener("change", () => open_stage(`attention ${$("layer").value}`));
   const base64 = $("weights").textContent;
   $("weights").remove(); // the worker has its own copy
-  ask("load", { config: DATA.config, vocab_size: VOCABULARY.characters.length, weights: DATA.weights, base64 });
+  const { config, weights, example } = DATA;
+  ask("load", { config, vocab_size: VOCABULARY.characters.length, weights, base64, example });
 }
 
 start();

@@ -1,7 +1,6 @@
 """The network: a decoder-only transformer over characters. It imports torch and nothing else."""
 
-from .config import GPTConfig
-from .errors import UserError
+from .config import GPTConfig, UserError
 from .gpt import GPT
 from .kv_cache import KVCache
 

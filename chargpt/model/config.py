@@ -1,4 +1,4 @@
-"""The settings of a GPT, the checks of their types and bounds, and the named choices."""
+"""The settings of a GPT, the named choices, and the error for what users can get wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
 from .ngrams import FACTORS
+
+
+class UserError(ValueError):
+    """Invalid input; its one or two lines say what is wrong, where, and what to do.
+
+    The command line prints it without a traceback; every other exception keeps its traceback.
+    """
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ACTIVATIONS, NORMS, GPTConfig
-from .errors import UserError
+from .config import ACTIVATIONS, NORMS, GPTConfig, UserError
 from .kv_cache import KVCache, LayerCache
 from .ngrams import NgramEmbedding
 from .rotary import apply_rotary, rotary_angles
@@ -64,8 +63,8 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.query_key_value(x, angles)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        # Causal: position t sees positions 0 to t only. So it is while an empty cache is filled;
-        # then a mask includes this, and a single new character may see the whole cache.
+        # Causal: position t sees positions 0 to t only. The kernel takes care of that without a
+        # cache or with an empty one, then the mask; one new character may see the whole cache.
         causal = cache is None or (mask is None and x.size(1) > 1)
         dropout = self.attention_dropout if self.training else 0.0
         # softmax(q k^T / sqrt(D)) v, in one kernel

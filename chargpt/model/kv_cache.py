@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the characters so far, kept while text is generated."""
+"""The KV cache: keys, values and ids of the characters so far, kept while text is generated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .config import UserError
 from .rotary import rotary_angles
 
 if TYPE_CHECKING:

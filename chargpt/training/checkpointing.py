@@ -1,6 +1,6 @@
 """The checkpoints of a run, last.ckpt and best.ckpt, and stopping on a signal.
 
-Checkpoints are written only where Lightning's own loop state resumes exactly: after an optimizer
+They are written only where Lightning's own loop state resumes exactly: after an optimizer
 step with no validation due, after a validation, and at the end of the epoch. The rest is a function
 of the step: which sequences are read (`data/datasets.py`), dropout and the learning rate
 (`training/module.py`).
@@ -25,8 +25,15 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, Weig
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from chargpt.checkpoint_file import check_weights, read_tensors_and_plain_values
-from chargpt.checkpoints import BEST, FOLDER, LAST, read_checkpoint, write_checkpoint
+from chargpt.checkpoints import (
+    BEST,
+    FOLDER,
+    LAST,
+    check_weights,
+    read_checkpoint,
+    read_tensors_and_plain_values,
+    write_checkpoint,
+)
 from chargpt.model import UserError
 
 SIGNALS = [
@@ -53,36 +60,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Validation(NamedTuple):
     """The result of a validation."""
 
-    step: int  # of the weights
+    step: int  # optimizer step of the weights
     context: int  # length of the sequences
     loss: float
 
     def is_better_than(self, other: "Validation | None") -> bool:
-        """Losses are comparable at equal contexts only; the longest context so far counts."""
+        """A longer context is better; at equal contexts, where losses compare, a lower loss."""
         return other is None or (self.context, -self.loss) > (other.context, -other.loss)
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves `last.ckpt` and `best.ckpt` of a run, and stops the run when a signal asks to.
+    """Saves `last.ckpt` and `best.ckpt` of a run, and stops the run on a signal.
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only set a flag. All ranks stop after the same optimizer
-    step, or after the validation that is due then, with status 128 plus the signal's number. A
-    second Ctrl-C, a second later or more, stops at once, without saving.
+    step, or after the validation that is due then, with status 128 plus the signal's number.
+    Ctrl-C more than a second after the first signal stops at once, without saving.
 
     Args:
-        folder: of the run, on rank 0; the other ranks ask rank 0 for it.
+        folder: The run folder on rank 0; None on other ranks, which get it from rank 0.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.is_new = folder is not None and not any(folder.glob("*"))
         self.lock: FileLock | None = None
-        self.received = 0  # the signal
+        self.received = 0  # the number of the signal
         self.received_at = 0.0
         self.settings: dict[str, Any] = {}  # of the trainer, to be stored in checkpoints
         self.should_stop = False  # at the end of the optimizer step
         self.saved_step: int | None = None
-        self.validated_batch: int | None = None  # after which the last validation was
+        self.validated_batch: int | None = None  # after which validation last ran
         self.best: Validation | None = None  # of best.ckpt
         self.restored: Validation | None = None  # of the weights of the checkpoint that is resumed
 
@@ -107,7 +114,7 @@ class RunCheckpoint(Checkpoint):
 
     @rank_zero_only
     def acquire_lock(self) -> None:
-        """Only one process may train in a folder. If it is killed, the system unlocks it."""
+        """Only one process may train in a folder; if it is killed, the system releases the lock."""
         if self.lock or not self.folder:
             return
         self.path(LAST).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +154,7 @@ class RunCheckpoint(Checkpoint):
         # Lightning notes a SIGTERM that arrives during setup, and restores the handlers at the end.
         self.received = signal.SIGTERM if trainer.received_sigterm else 0
         self.should_stop, self.validated_batch = False, None
-        if self.restored:  # for schedulers that follow the loss
+        if self.restored:  # for schedulers that monitor it
             trainer.callback_metrics["val_loss"] = torch.tensor(self.restored.loss)
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
@@ -159,11 +166,11 @@ class RunCheckpoint(Checkpoint):
         if not self.received:
             self.received_at = now
         elif signum == signal.SIGINT and now - self.received_at > 1:
-            raise KeyboardInterrupt  # a second Ctrl-C, not the first, passed on by torchrun
+            raise KeyboardInterrupt  # sooner, it is the first one again, from torchrun
         self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        # Lightning validates before it stops. A time limit waits for the end of an accumulation.
+        # Lightning validates before it stops. A time limit takes effect after full accumulations.
         self.should_stop |= trainer.should_stop or trainer.global_step == trainer.max_steps
         batches = trainer.fit_loop.batch_idx + 1
         trainer.should_stop = self.should_stop and batches % trainer.accumulate_grad_batches == 0
@@ -230,7 +237,7 @@ class RunCheckpoint(Checkpoint):
     def is_resumable(self, trainer: Trainer) -> bool:
         """Whether Lightning would resume exactly from a checkpoint written now.
 
-        It does after an optimizer step, unless the validation that is due then is still to come.
+        It would after an optimizer step, unless a validation that is due then has not run yet.
         """
         batches = trainer.fit_loop.total_batch_idx + 1
         stepped = batches == trainer.global_step * trainer.accumulate_grad_batches
@@ -273,7 +280,7 @@ def validation_in(checkpoint: dict[str, Any]) -> Validation | None:
 
 
 def sequences_per_step(trainer: Trainer) -> int:
-    """Sequences of one optimizer step, on all devices."""
+    """Sequences per optimizer step, across all devices."""
     per_device = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
     return per_device * trainer.world_size * trainer.accumulate_grad_batches
 
@@ -285,8 +292,8 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if not (has_state and checkpoint["chargpt"].get("resumable")):
         raise UserError(
             "the checkpoint cannot be resumed exactly: it was written just before a validation "
-            "or within an accumulation, or has no optimizer state\nresume from a run's own "
-            "last.ckpt, or start a new run from its weights with --init_from"
+            "or during gradient accumulation, or has no optimizer state\nresume from the run's "
+            "last.ckpt, or start a new run from these weights with --init_from"
         )
     before = (checkpoint["chargpt"].get("trainer") or {}).get("accumulate_grad_batches")
     if before not in (None, trainer.accumulate_grad_batches):  # Lightning counts batches, not steps
@@ -311,7 +318,7 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Restore the callbacks' counters, but not their settings or paths outside this run.
 
-    Settings come from the command; paths become file names in this run folder: it may have moved.
+    Settings come from the command; paths become files in this run folder, which may have moved.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -325,7 +332,7 @@ def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def localize_paths(state: dict[str, Any], folder: str) -> None:
-    """Replace the paths in a ModelCheckpoint's state by files of the same name in its folder."""
+    """Replace the paths in a ModelCheckpoint's state with files of the same name in its folder."""
 
     def local(path: Any) -> str:
         name = PureWindowsPath(str(path)).name  # after the last slash or backslash

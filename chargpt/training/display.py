@@ -1,4 +1,4 @@
-"""Callbacks that show a run: a summary, a line per validation, its throughput, a progress bar."""
+"""Callbacks that show a run: a summary, a line per validation, throughput, a progress bar."""
 
 import math
 import shlex
@@ -29,7 +29,7 @@ SAMPLE_CHARS = 300
 class StepProgressBar(TQDMProgressBar):
     """Progress bar of steps with the time left, in terminals and notebooks only.
 
-    It reads metrics, which waits for the device, only when it is drawn.
+    It reads metrics, which synchronizes with the device, only when it is drawn.
     """
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -66,7 +66,7 @@ class StepProgressBar(TQDMProgressBar):
             self.train_progress_bar.close()  # or an error message would start on its line
 
     def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
-        return dict(trainer.progress_bar_metrics)  # without the version of the run
+        return dict(trainer.progress_bar_metrics)  # without Lightning's v_num
 
 
 class RunReport(Callback):
@@ -108,7 +108,7 @@ class RunReport(Callback):
             write(f"{step_of(trainer)}  train_loss {loss:.3f}  ({guess})")
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             for logger in trainer.loggers if every > 1 else ():
-                logger.log_metrics({"train_loss": loss}, 0)  # Lightning logs no step before that
+                logger.log_metrics({"train_loss": loss}, 0)  # before Lightning's first log
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
@@ -128,7 +128,9 @@ class RunReport(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards or self.show_samples:
             gpt = copy(module.gpt)
-            gpt.config = replace(gpt.config, block_size=module.context)  # not more than it has seen
+            gpt.config = replace(
+                gpt.config, block_size=module.context
+            )  # no longer than it has seen
             generator = TextGenerator(gpt, module.vocabulary)
             text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
             indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim
@@ -156,7 +158,7 @@ def step_of(trainer: Trainer) -> str:
 
 
 class Throughput(Callback):
-    """Logs `chars_per_second` over all devices.
+    """Logs `chars_per_second` across all devices.
 
     The first batch (which warms up, or compiles) and the first after a validation are not timed.
     """

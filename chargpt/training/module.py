@@ -14,8 +14,12 @@ from lightning.pytorch import callbacks
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from chargpt.checkpoint_file import check_optimizer_state
-from chargpt.checkpoints import NETWORK_SETTINGS, WEIGHT_SETTINGS, describe
+from chargpt.checkpoints import (
+    NETWORK_SETTINGS,
+    WEIGHT_SETTINGS,
+    check_optimizer_state,
+    describe,
+)
 from chargpt.data import CharDataModule
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import FRACTION, check
@@ -33,21 +37,21 @@ class TrainingConfig(GPTConfig):
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
-    """AdamW's decay rate of the running mean of gradients."""
+    """AdamW's decay rate for the running mean of gradients."""
     beta2: float = 0.999
-    """AdamW's decay rate of the running mean of squared gradients."""
+    """AdamW's decay rate for the running mean of squared gradients."""
     eps: float = 1e-8
-    """AdamW's epsilon; a larger one slows weights with small gradients, such as rare n-grams."""
+    """AdamW's epsilon; a larger one shrinks updates with small gradients, as of rare n-grams."""
     weight_decay: float = 0.01
-    """AdamW's weight decay, of the embeddings and matrices that it updates, never of vectors."""
+    """AdamW's weight decay, applied to embeddings and matrices, never to biases and gains."""
     muon_lr: float | None = None
-    """Peak learning rate of Muon; needed with optimizer muon."""
+    """Peak learning rate of Muon; required with optimizer muon."""
     muon_weight_decay: float = 0.0
     """Muon's weight decay."""
     muon_momentum: float = 0.95
-    """Muon's decay rate of the running mean of gradients."""
+    """Muon's decay rate for the running mean of gradients."""
     muon_iterations: int = 4
-    """Newton-Schulz iterations of a Muon step, 1 to 5."""
+    """Newton-Schulz iterations per Muon step, 1 to 5."""
     warmup_steps: int = 0
     """Learning rate warm-up: steps over which it rises from zero."""
     schedule: Literal[tuple(SCHEDULES)] = "constant"  # type: ignore[valid-type]
@@ -85,7 +89,7 @@ class TrainingConfig(GPTConfig):
 
 
 class GPTModule(LightningModule):
-    """A GPT that learns to predict the next character; its settings are a `TrainingConfig`'s."""
+    """A GPT that learns to predict the next character, configured by `TrainingConfig` fields."""
 
     gpt: GPT  # this and the next two are set by `build`, when the vocabulary is known
     second_head: nn.Linear | None
@@ -95,18 +99,18 @@ class GPTModule(LightningModule):
         super().__init__()
         self.config = TrainingConfig(**settings)
         self.save_hyperparameters(asdict(self.config))
-        # One NaN makes the mean NaN: a loss that is not a number must not vanish.
+        # One NaN makes the mean NaN: a loss that is not a number must not be silently dropped.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
-        self.progress = 1.0  # fraction of the run that is over; set by each training batch
+        self.progress = 1.0  # fraction of the run completed; set by each training batch
         self.initial: tuple[GPT, Vocabulary] | None = None  # what the network starts with
 
     @classmethod
     def init_from(cls, path: str | Path | None = None, **settings: Any) -> "GPTModule":
         """A module that starts with the weights of a checkpoint, for a new run on any text.
 
-        `path` may be "last" or "best" (the default), of the newest run. `settings` are those of
-        training, and dropouts; all others are the checkpoint's. Characters that only the new text
-        has are appended to the vocabulary.
+        `path` may be "last" or "best" (the default), of the newest run. `settings` are training
+        settings and dropouts; all others come from the checkpoint. Characters that only the new
+        text has are appended to the vocabulary.
         """
         start = load(path)
         network = {name: getattr(start.gpt.config, name) for name in WEIGHT_SETTINGS}
@@ -134,7 +138,7 @@ class GPTModule(LightningModule):
 
     @property
     def context(self) -> int:
-        """The context length that the run trains on at present."""
+        """The context length that the run currently trains on."""
         for length, until in sorted((self.config.short_contexts or {}).items()):
             if self.progress < until:
                 return length
@@ -181,9 +185,9 @@ class GPTModule(LightningModule):
         """Weighted cross-entropy of the character after the next (Gloeckle et al. 2024)."""
         assert self.second_head is not None
         weight = self.config.second_target * max(0.0, 1 - 2 * self.progress)
-        if weight == 0:  # but DistributedDataParallel waits for a gradient of all weights
+        if weight == 0:  # but DistributedDataParallel waits for the gradients of all weights
             return 0.0 * self.second_head.weight.sum()
-        # The target of position t is that of position t + 1; the last position has none.
+        # The second target of position t is the target of t + 1; the last position has none.
         return weight * self.loss(hidden[:, :-1], targets[:, 1:], self.second_head)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -207,7 +211,7 @@ class GPTModule(LightningModule):
         self.seed_dropout(batch_idx)
         hidden = self.hidden_states(self.gpt, ids)
         loss = self.loss(hidden, targets)
-        if self.logs_this_step:  # the mean of all ranks, which then stop together
+        if self.logs_this_step:  # the mean over ranks, so that all raise together
             mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")  # in place
             if not math.isfinite(mean.item()):
                 raise diverged("training loss", mean.item(), self.global_step + 1)
@@ -216,7 +220,7 @@ class GPTModule(LightningModule):
 
     def seed_dropout(self, batch_idx: int) -> None:
         """Make the masks a function of (seed, micro-batch, rank): resuming needs no saved state."""
-        # Not batch_idx itself, which starts over where a limit divides the endless epoch.
+        # Not batch_idx itself, which restarts where limit_train_batches ends an epoch.
         accumulate = self.trainer.accumulate_grad_batches
         micro_batch = self.global_step * accumulate + batch_idx % accumulate
         sequence = np.random.SeedSequence((self.config.seed, micro_batch, self.global_rank))
@@ -228,7 +232,7 @@ class GPTModule(LightningModule):
         return every > 0 and (self.global_step == 0 or (self.global_step + 1) % every == 0)
 
     def on_validation_epoch_start(self) -> None:
-        # In full precision, whatever the network computes in; MPS has no float64.
+        # In float64, whatever the network computes in; MPS only has float32.
         self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
         self.mean_loss.reset()
 
@@ -261,8 +265,8 @@ class GPTModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        """The optimizer; a subclass may return any that Lightning takes, with its schedulers."""
-        # Lightning clips gradients of mixed precision only if the optimizer is not fused.
+        """The optimizer; a subclass may return any that Lightning accepts, with its schedulers."""
+        # With mixed precision, Lightning refuses to clip gradients if the optimizer is fused.
         clips_mixed = self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision)
         fused = self.device.type in ("cpu", "cuda") and not clips_mixed
         optimizer = OPTIMIZERS[self.config.optimizer](self, self.gpt.blocks, self.config, fused)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step an odd polynomial
-# that brings singular values closest to 1 in the range that the steps before it leave.
+# Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step, the odd
+# polynomial that best maps the singular values, in the range left by earlier steps, close to 1.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -20,11 +20,11 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
-    """Orthogonalize matrices (..., rows, columns) by a Newton-Schulz iteration.
+    """Orthogonalize matrices (..., rows, columns) with Newton-Schulz iterations.
 
     Every singular value becomes close to 1, closer with more steps (at most len(POLAR_EXPRESS));
-    singular vectors stay. It runs in bfloat16 on CUDA only: on CPUs without bfloat16 instructions
-    that is very slow.
+    singular vectors are unchanged. It computes in bfloat16 on CUDA, and in float32 elsewhere:
+    bfloat16 is very slow on CPUs that lack instructions for it.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if tall := x.size(-2) > x.size(-1):
@@ -39,10 +39,10 @@ def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
 class MuonAdamW(Optimizer):
     """Muon for the parameter groups with `muon: True`, AdamW for all others, in one optimizer.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps by the momentum
-    with its singular values set to 1: every direction of a matrix moves by the same amount, rare
-    ones too. Parameters hold `stacked` matrices, one below the other (3 for query, key and value),
-    and more if they have leading dimensions.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates a matrix by its
+    momentum with all singular values set to 1: every direction moves by the same amount, even rare
+    ones. A parameter holds `stacked` matrices, one below the other (3 for query, key and value),
+    and more if it has leading dimensions.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -126,12 +126,12 @@ def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) ->
     return MuonAdamW(groups)
 
 
-# Each takes the module whose parameters learn, the blocks of its network, the TrainingConfig, and
+# Each takes the module whose parameters are trained, its blocks, the TrainingConfig, and
 # whether a fused kernel may be used. A group's `initial_lr` is its peak learning rate.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": make_muon}
 
 # The fraction of the peak learning rate as a function of the optimizer steps so far, the fraction
-# of the run that is over, in [0, 1], and the run's number of steps (None if only time limits it).
+# of the run completed, in [0, 1], and the run's number of steps (None if only time limits it).
 SCHEDULES: dict[str, Callable[[int, float, int | None], float]] = {
     "constant": lambda step, progress, total_steps: 1.0,
     "cosine": lambda step, progress, total_steps: 0.5 * (1 + math.cos(math.pi * progress)),

@@ -20,7 +20,7 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
     max_steps=5000,
     val_check_interval=250,
     accumulate_grad_batches=1,
-    min_epochs=0,  # Lightning's 1 would never be reached, and min_steps would prevent stopping
+    min_epochs=0,  # with min_steps it would be 1: an endless epoch could never stop early
     check_val_every_n_epoch=None,  # one endless epoch: everything is counted in steps
     num_sanity_val_steps=0,
     use_distributed_sampler=False,  # batches are already split between ranks, without padding
@@ -29,7 +29,7 @@ TRAINER_DEFAULTS: dict[str, Any] = dict(
 
 COUNTS = ("max_steps", "val_check_interval", "accumulate_grad_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
-# These settings define a run and travel in its checkpoints; callbacks and devices do not.
+# These settings define a run and are stored in its checkpoints; callbacks and devices are not.
 RUN_SETTINGS = [*COUNTS, *LIMITS, "max_epochs", "max_time", "overfit_batches"]
 RUN_SETTINGS += ["gradient_clip_val", "precision", "log_every_n_steps"]
 
@@ -53,12 +53,12 @@ def make_trainer(
     Args:
         callbacks: Additional callbacks. A `RunCheckpoint` among them chooses the run folder.
         logger: Loggers; by default TensorBoard's, in the run folder.
-        plugins: Plugins of Lightning, such as a cluster environment.
-        default_root_dir: The folder of lightning_logs; by default the current one.
-        limit_train_batches: Batches of an epoch; the next one continues where it ends.
+        plugins: Lightning plugins, such as a cluster environment.
+        default_root_dir: The parent folder of lightning_logs; by default the current one.
+        limit_train_batches: Batches per epoch; each epoch continues where the last one ended.
         limit_val_batches: Batches to validate on: 1 is one batch, 0.5 half of them, 1.0 all.
         limit_test_batches: Batches to test on, in the same way.
-        show_samples: Print the text sample of each validation too, in a terminal.
+        show_samples: Also print the text sample of each validation, in a terminal.
         settings: More arguments of `lightning.Trainer`.
     """
     limits = dict(zip(LIMITS, (limit_train_batches, limit_val_batches, limit_test_batches)))
@@ -88,7 +88,9 @@ def make_trainer(
         callbacks += [RunReport(run, show_samples), Throughput()]
     if limit_train_batches is not None:  # a new loader starts at the next step
         settings["reload_dataloaders_every_n_epochs"] = 1
-    settings["val_check_interval"] *= settings["accumulate_grad_batches"]  # Lightning's are batches
+    settings["val_check_interval"] *= settings[
+        "accumulate_grad_batches"
+    ]  # Lightning counts batches
     plugins.append(AtomicCheckpointIO())
     settings |= dict(callbacks=callbacks, logger=logger, plugins=plugins, default_root_dir=root)
     try:
@@ -127,7 +129,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def seconds_of(max_time: Any) -> float | None:
-    """The seconds of a time limit: None, a timedelta, its arguments, or a string DD:HH:MM:SS."""
+    """A time limit in seconds, from None, a timedelta, its arguments, or a string DD:HH:MM:SS."""
     try:
         return Timer(max_time).time_remaining()
     except (TypeError, AttributeError, OverflowError, MisconfigurationException) as error:
@@ -138,14 +140,14 @@ def seconds_of(max_time: Any) -> float | None:
 
 
 def check_limits(settings: dict[str, Any]) -> None:
-    """Refuse limits that leave nothing to do, and what is not supported here."""
+    """Refuse limits that leave nothing to do, and settings that are not supported."""
     if type(settings["val_check_interval"]) is not int:
-        raise UserError("trainer.val_check_interval must be a number of steps")
+        raise UserError("trainer.val_check_interval must be a whole number of steps")
     others = ("max_epochs", "max_time", "limit_train_batches", "check_val_every_n_epoch")
     for name in (*COUNTS, *others):
         value, unlimited = settings.get(name), name in ("max_steps", "max_epochs")
         if value is not None and value <= 0 and not (unlimited and value == -1):
-            raise UserError(f"trainer.{name} is {value}; it must be at least 1")
+            raise UserError(f"trainer.{name} is {value}; it must be positive")
     batches, accumulate = settings["limit_train_batches"], settings["accumulate_grad_batches"]
     if type(batches) is int and batches % accumulate:  # a partial step could not be resumed
         raise UserError(
@@ -154,4 +156,4 @@ def check_limits(settings: dict[str, Any]) -> None:
     if "spawn" in str(settings.get("strategy")):
         raise UserError("strategy ddp_spawn is not supported; use ddp, which also starts processes")
     if 0 < settings["max_steps"] < (settings.get("min_steps") or 0):
-        raise UserError("trainer.min_steps is above trainer.max_steps")
+        raise UserError("trainer.min_steps is greater than trainer.max_steps")

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import chargpt
 from chargpt.generation import GenerationConfig, generate
 from chargpt.model import GPT, GPTConfig
 
@@ -154,28 +155,13 @@ def against_lower_bound(gpts: list[GPT], chars: int) -> None:
 def cold_start(gpt: GPT) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "base.ckpt"))
-        checkpoint = dict(
-            vocabulary=CHARACTERS,
-            state_dict={f"gpt.{name}": weight for name, weight in gpt.state_dict().items()},
-            hyper_parameters={},
-            datamodule_hyper_parameters={},
-            global_step=0,
-        )
-        torch.save(checkpoint, path)
+        chargpt.save(gpt, chargpt.Vocabulary(CHARACTERS), path)
         print("from a cold start, each part separately:", flush=True)
         program = f"PATH, PROMPT = {path!r}, {PROMPT!r}\n{COLD_START}"
         subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 
-        command = [
-            sys.executable,
-            "-m",
-            "chargpt",
-            "predict",
-            "--ckpt_path",
-            path,
-            "--generate.prompt",
-            PROMPT,
-        ]
+        command = [sys.executable, "-m", "chargpt", "predict"]
+        command += ["--ckpt_path", path, "--generate.prompt", PROMPT]
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY

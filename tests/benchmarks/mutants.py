@@ -45,8 +45,8 @@ TESTS = {  # files and the tests that should catch changes to them, fastest firs
     "chargpt/training/optimizers.py": "test_optimizers test_module",
     "chargpt/training/module.py": "test_module test_lightning test_resume test_fine_tuning",
     "chargpt/training/checkpointing.py": "test_checkpointing test_resume test_distributed",
-    "chargpt/checkpoints.py": "test_checkpoints test_text_generator test_fine_tuning test_page",
-    "chargpt/checkpoint_file.py": "test_checkpoint_file test_checkpoints test_hostile",
+    "chargpt/checkpoints.py": "test_checkpoints test_checkpoint_file test_text_generator "
+    "test_fine_tuning test_page test_hostile",
     "chargpt/atomic_file.py": "test_atomic_file test_token_file",
 }
 

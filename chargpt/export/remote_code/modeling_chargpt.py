@@ -12,9 +12,8 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .config import GPTConfig
+from .config import GPTConfig, UserError
 from .configuration_chargpt import ChargptConfig
-from .errors import UserError
 from .gpt import GPT
 from .kv_cache import CacheStep
 from .ngrams import NgramEmbedding  # noqa: F401  (Transformers 5.0 copies only what is imported here)
