@@ -1,4 +1,4 @@
-"""Atomic writing: readers find the old file or the new one, never a part of it."""
+"""Atomic writes: readers see either the old file or the new one, never a partly written one."""
 
 import os
 import uuid

@@ -3,7 +3,7 @@
 lightning_logs/version_3/checkpoints/best.ckpt  the lowest validation loss at the longest context
 lightning_logs/version_3/checkpoints/last.ckpt  after each validation, at the end, and on a signal
 
-`torch.load(weights_only=True)` runs no code, but a file of a kilobyte can make it exhaust the
+`torch.load(weights_only=True)` runs no code, but a one-kilobyte file can make it exhaust
 memory (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks at the end of
 this file refuse such files.
 """
@@ -38,7 +38,7 @@ PARTS |= dict(datamodule_hyper_parameters=dict, vocabulary=str, chargpt=dict)
 PARTS |= dict(loops=dict, callbacks=dict, optimizer_states=list)
 NO_TRAINING_STATE: dict[str, Any] = dict(loops={}, callbacks={}, optimizer_states=[])
 
-MAX_PICKLE_BYTES = 4 << 20  # of all but the tensors' data; about 140 bytes per tensor
+MAX_PICKLE_BYTES = 4 << 20  # of everything but the tensors' data: about 140 bytes per tensor
 MAX_TUPLES = 40_000  # four per tensor; hashing a tuple nested more deeply overflows the C stack
 MAX_DEPTH = 20  # of nested collections; Lightning's loops need 8
 GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain values onto the CPU.
 
     Raises:
-        UserError: the file is damaged, contains code, or is not a checkpoint of this version.
+        UserError: the file is damaged, contains code, or lacks this version's checkpoint format.
     """
     checkpoint = read_tensors_and_plain_values(Path(path))
     parts = NO_TRAINING_STATE | checkpoint if isinstance(checkpoint, dict) else {}
@@ -124,7 +124,7 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
         ) from error
     context = ours.get("context", config.block_size)
     if type(context) is not int or not 1 <= context <= config.block_size:
-        raise UserError(f"{path} has the context {str(context)[:80]}; it must be 1 to block_size")
+        raise UserError(f"{path} has context {str(context)[:80]}; it must be from 1 to block_size")
     if any("\ud800" <= character <= "\udfff" for character in checkpoint["vocabulary"]):
         raise UserError(f"{path} has a vocabulary with surrogates, which are not characters")
     vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -157,7 +157,7 @@ def build_network(checkpoint: dict[str, Any], path: str | Path) -> tuple[GPT, Vo
 
 
 class SkipNormal(TorchFunctionMode):
-    """Skips `nn.init.normal_`, which imports a compiler on the meta device and takes a second."""
+    """Skips `nn.init.normal_`, which on the meta device imports a compiler and takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -245,9 +245,7 @@ def read_tensors_and_plain_values(path: Path) -> Any:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile, pickle and torch each raise their own
         reason = error if isinstance(error, UserError) else "is truncated or damaged"
-        raise UserError(
-            f"the checkpoint {path} {reason}\nchoose another: --ckpt_path PATH"
-        ) from error
+        raise UserError(f"the checkpoint {path} {reason}\nchoose another checkpoint") from error
 
 
 def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
@@ -255,7 +253,7 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > file_size:
-        raise UserError("declares more data than the file holds: torch.save did not write it")
+        raise UserError("has compressed or too large records: torch.save did not write it")
     (entry,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
     if entry.file_size > MAX_PICKLE_BYTES:
         raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB of non-tensor data")
@@ -273,7 +271,7 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
 def check_values(root: Any, max_values: float = math.inf, max_bytes: float = math.inf) -> None:
     """Raise a UserError if values are not plain, or are too many, too large or nested too deeply.
 
-    Shared values count each time, so nested sharing cannot multiply the size.
+    A shared value counts once per reference, so nested sharing cannot hide a huge structure.
     """
     stack = [(root, 0)]
     while stack:

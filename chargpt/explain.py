@@ -45,7 +45,7 @@ def explain(text: str) -> None:
     idx, targets = ids[:, :-1], ids[:, 1:]  # (1, T) each
     show_ids(line, stoi)
     show_shapes(model, idx)
-    print("\n--- Before training: all weights are random")
+    print("\n--- Before training: the weights are still random")
     show_embedding(model, idx, line)
     show_head(*next(all_heads(model, idx)), line)
     show_stream(model, idx)
@@ -162,7 +162,7 @@ def show_attention(name: str, head: Head, x: Tensor, line: str) -> None:
 
 @torch.no_grad()
 def show_stream(model: BigramLangModel, idx: Tensor) -> None:
-    """Print what each layer adds to the residual stream at the position."""
+    """Print what each layer adds to the residual stream at POSITION."""
     x = model.token_embedding(idx) + model.position_embedding.weight[: idx.size(1)]
     print(f"\nthe residual stream at position {POSITION}")
     print(row("x", x[0, POSITION]))
@@ -202,7 +202,7 @@ def show_gradient(
 ) -> tuple[int, int]:
     """Print the gradient of one weight of the output head, three ways; return the weight's index.
 
-    It is the one with the largest gradient among those for the target at POSITION.
+    It has the largest absolute gradient among those for the target at POSITION.
     """
     with torch.no_grad():
         x = model.token_embedding(idx) + model.position_embedding.weight[: idx.size(1)]
@@ -264,7 +264,7 @@ def main() -> None:
     text = read_text(parser.parse_args().text)
     needed = 10 * (SIZES["block_size"] + 1)
     if len(text) < needed:
-        sys.exit(f"the text has {len(text):,} characters; this needs at least {needed:,}")
+        sys.exit(f"the text has {len(text):,} characters; this script needs at least {needed:,}")
     torch.set_num_threads(1)  # the same sums, whatever the number of cores; no slower at this size
     explain(text)
 

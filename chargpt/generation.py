@@ -32,7 +32,7 @@ class GenerationConfig:
     probability reaches top_p (arXiv:1904.09751), after temperature and top_k."""
     stop: list[str] | str | None = field(default_factory=list)
     """Stop when any of these strings is generated; the string itself is not included. On the
-    command line a list, where \\n is a newline: '["\\n\\n", "THE END"]'."""
+    command line, pass a list, in which \\n is a newline: '["\\n\\n", "THE END"]'."""
     seed: int = 0
     """Random seed for sampling."""
 
@@ -53,7 +53,7 @@ def uniform(seed: int, sample: int, position: int) -> float:
     """A random number in [0, 1) for a character of a text (a counter-based generator).
 
     It depends only on its arguments (only the low 64 bits of the seed), so a text is the same in
-    any batch, and if it is generated in parts. `export/page.js` has the same function.
+    any batch, whether or not it is generated in parts. `export/page.js` has the same function.
     """
     bits = mix(position)
     for word in (sample, seed, seed >> 32):
@@ -149,9 +149,9 @@ def generate(
 ) -> Iterator[list[Chunk]]:
     """Continue all prompts (at least one id each) in one batch, each as if it were alone.
 
-    Each step yields one Chunk for each text that has new ids or finishes, just before its first
-    stop sequence or at its full length. `samples[i]` is the index of text i
-    among the samples of its prompt (default 0). No random state is used or changed.
+    Each step yields one Chunk for each text that has new ids or finishes. A text finishes just
+    before its first stop sequence, or at its full length. `samples[i]` is the index of text i among
+    the samples of its prompt (default 0). No random state is used or changed.
     """
     if config.max_new_chars == 0:
         yield [Chunk(row, [], True) for row in range(len(prompts))]
@@ -182,7 +182,7 @@ def generate(
 
 
 def prefill(gpt: GPT, cache: KVCache, texts: Sequence[SequenceState]) -> None:
-    """Compute the cache of new texts and full windows, except for the newest character.
+    """Fill the cache for new texts and for windows just cut, up to but excluding the newest id.
 
     Windows of equal length form a batch; identical ones are computed once.
     """

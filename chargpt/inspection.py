@@ -1,11 +1,13 @@
 """Attention and the residual stream of each block, recorded while a network runs, and a logit lens.
 
+    from chargpt.inspection import inspect, logit_lens
+
     model = chargpt.load()
     ids = torch.tensor([model.encode("ROMEO:")])
     with inspect(model.gpt) as layers:
         model.gpt(ids)
     layers[0].attention[0, 1]    # layer 0, head 1: each row has the weights of one position
-    logit_lens(model.gpt, layers)[1, 0, -1]    # the logits of the next character after one block
+    logit_lens(model.gpt, layers)[1, 0, -1]    # logits, read after the first block
 
 The network's fused attention kernel never materializes the weights; here forward hooks recompute
 them, so there is no cost outside the `with` statement.

@@ -41,7 +41,7 @@ class TextGenerator(nn.Module):
         size = gpt.token_embedding.num_embeddings
         if size != len(vocabulary):
             raise UserError(
-                f"the network has {size} characters, but the vocabulary {len(vocabulary)}"
+                f"the network has {size} characters, but the vocabulary has {len(vocabulary)}"
             )
         self.gpt = gpt
         self.vocabulary = vocabulary
@@ -122,7 +122,8 @@ class TextGenerator(nn.Module):
 def load(path: str | Path | None = None) -> TextGenerator:
     """Load a checkpoint onto the CPU, in evaluation mode; no code in the file is run.
 
-    `path` may be "last" or "best" (the default), of the newest run under ./lightning_logs.
+    `path` is a file, or "best" (the default) or "last" for that checkpoint of the newest run under
+    ./lightning_logs.
     """
     path = resolve_checkpoint(path)
     return TextGenerator(*build_network(read_checkpoint(path), path)).eval()

@@ -4,10 +4,10 @@
     python -m chargpt.textbook path/to/input.txt --small     # your own text
     python -m chargpt.textbook                               # the base size: better on a GPU
 
-Three names come from the lecture that this script follows:
+Three names need explaining (the lecture starts with a bigram model and extends it):
 
     epochs            training steps (elsewhere, an epoch is one pass over the text)
-    BigramLangModel   the whole GPT (the lecture starts with a bigram model and extends it)
+    BigramLangModel   the whole GPT
     n_embed           channels, C (`n_embd` in the rest of the package)
 
 The letters in shapes:
@@ -66,7 +66,7 @@ def prepare(text: str) -> tuple[dict[str, int], dict[int, str], dict[str, Tensor
 
 
 def get_batch(ids: Tensor, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Random sequences of a split and their targets, the same shifted by one character: (B, T)."""
+    """Random sequences of a split, (B, T), and their targets: the same shifted by one character."""
     starts = torch.randint(len(ids) - block_size, (batch_size,))
     x = torch.stack([ids[i : i + block_size] for i in starts])
     y = torch.stack([ids[i + 1 : i + block_size + 1] for i in starts])
@@ -164,7 +164,7 @@ class BigramLangModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(n_embed, n_head, dropout) for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embed)
         self.head = nn.Linear(n_embed, vocab_size)
-        # Logits near 0 at first, so that the untrained network predicts all characters equally.
+        # Logits near 0 at first: to the untrained network all characters are equally likely.
         nn.init.normal_(self.head.weight, std=0.002)
         nn.init.zeros_(self.head.bias)
 
@@ -237,7 +237,7 @@ def train(
 
 
 def read_text(path: Path | None = None) -> str:
-    """A UTF-8 text file; the default is tiny Shakespeare, or Python's manual if there is none."""
+    """Read a UTF-8 text file; by default tiny Shakespeare if downloaded, else Python's manual."""
     if path is None and not tiny_shakespeare().is_file():
         from pydoc_data.topics import topics
 
@@ -273,7 +273,7 @@ def main() -> None:
     torch.manual_seed(1337)
     text = read_text(options.text)
     sizes, training = (SMALL, SMALL_TRAINING) if options.small else ({}, {})
-    needed = 10 * (sizes.get("block_size", block_size) + 1)  # a tenth holds a sequence and targets
+    needed = 10 * (sizes.get("block_size", block_size) + 1)  # a tenth holds a sequence and a target
     if len(text) < needed:
         sys.exit(f"the text has {len(text):,} characters; this size needs at least {needed:,}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -285,7 +285,7 @@ def main() -> None:
     end = (
         "1.8 in two minutes"
         if options.small
-        else "1.5 (in the lecture) in many hours (minutes on a GPU)"
+        else "1.5, as in the lecture, after many hours (minutes on a GPU)"
     )
     print(f"{parameters:,} parameters; expected loss on tiny Shakespeare: from 4.17 to about {end}")
     train(model, data, **training)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from chargpt.model import UserError
 
 UNKNOWN = -1
-MAX_NAMED = 10  # an error names this many different characters
+MAX_NAMED = 10  # an error names at most this many distinct characters
 
 # Characters that people paste, and their equivalents in old texts, the most likely first.
 STAND_INS = dict.fromkeys("‘’′`´", "'") | dict.fromkeys("“”„«»", "\"'")
@@ -61,7 +61,7 @@ class Vocabulary:
         if ids.size == 0:
             return ""
         if ids.dtype.kind not in "iu" or ids.ndim > 1:
-            raise TypeError(f"ids must be one-dimensional integers, not {ids.dtype} {ids.shape}")
+            raise TypeError(f"ids must be integers in one dimension, not {ids.dtype} {ids.shape}")
         for id in (ids.min(), ids.max()):
             if not 0 <= id < len(self):
                 raise UserError(f"id {id} is outside the vocabulary of {len(self):,} characters")

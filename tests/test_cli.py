@@ -543,7 +543,7 @@ def test_a_text_that_changed_is_refused_unless_it_is_named(run, command, name):
         text.write_text(original[::-1])
         result = command(run, *args)
         assert (result.status, "Traceback" in result.err) == (1, False)
-        assert "is not the text this checkpoint was trained on" in result.err
+        assert "is not the text that the checkpoint records" in result.err
         status = command(run, *args, f"--data.corpus={text}").status
         assert status == (1 if name == "fit" else 0)  # training continues on the same text only
     finally:

@@ -266,7 +266,7 @@ def setup_with(folder, trained: dict, other=(), **settings) -> CharDataModule:
     return data
 
 
-CHANGED = "text.txt is not the text this checkpoint was trained on, or it has changed since"
+CHANGED = "text.txt is not the text that the checkpoint records, or it has changed since"
 
 
 @pytest.mark.parametrize("addition", ["", "a"])  # of the recorded size, and longer

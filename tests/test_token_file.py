@@ -207,7 +207,7 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, data_dir, monkeypatch, l
         return found
 
     monkeypatch.setattr(token_file, "scan", scan_and_change)
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         open_text(path, data_dir)
     assert token_files(tmp_path) == []
 
@@ -216,7 +216,7 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, data_dir, monkeypatch, l
 def test_a_file_that_keeps_growing_is_not_read_forever(tmp_path, monkeypatch, growth):
     monkeypatch.setattr(token_file, "CHUNK", 4)
     path = write(tmp_path / "a.txt", "some text")
-    with pytest.raises(UserError, match="a.txt changed while it was read"):
+    with pytest.raises(UserError, match="a.txt changed while it was being read"):
         for piece in token_file.read_file(TextFile(path, size=9, mtime_ns=0)):
             with open(path, "ab") as file:
                 file.write(b"x" * growth * len(piece))
@@ -224,7 +224,7 @@ def test_a_file_that_keeps_growing_is_not_read_forever(tmp_path, monkeypatch, gr
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = write(tmp_path / "a.txt", "some")
-    with pytest.raises(UserError, match="a.txt changed while it was read"):
+    with pytest.raises(UserError, match="a.txt changed while it was being read"):
         list(token_file.read_file(TextFile(path, size=9, mtime_ns=0)))
 
 

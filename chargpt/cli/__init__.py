@@ -1,7 +1,7 @@
 """The command line: python -m chargpt COMMAND.
 
 main.py     dispatches commands, turns user errors into short messages
-parsing.py  what all commands share of parsing
+parsing.py  the parsing code that the commands share
 train.py    fit, validate and test: LightningCLI
 predict.py  predict: prompts in, texts out, without Lightning
 export.py   export: a self-contained HTML page, a folder for Hugging Face, or an ONNX file

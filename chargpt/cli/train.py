@@ -85,12 +85,12 @@ def run(command: str, args: list[str]) -> None:
 
 
 def print_thread_error(args: threading.ExceptHookArgs) -> None:
-    """Print a thread's traceback, but not that of TensorBoard's: the main thread reports it."""
+    """Print a thread's traceback, unless it is TensorBoard's: the main thread reports that."""
     if not type(args.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(args)
 
 
-PLAIN_MESSAGES = {  # of errors of libraries that users cause, by a part of theirs
+PLAIN_MESSAGES = {  # for library errors that users cause, by a part of the original
     "gpu backend": "no GPU is available here\nuse --config cpu, or --trainer.accelerator cpu",
     "C++ compiler": "compile needs a C++ compiler, and none was found\ninstall one, or turn it off",
     "Connection closed by peer": "another process of this run has stopped; its message says why",
@@ -98,7 +98,7 @@ PLAIN_MESSAGES = {  # of errors of libraries that users cause, by a part of thei
 
 
 def plain_message(error: BaseException | None, folder: str) -> str | None:
-    """A message for errors of libraries that users cause, some of them wrapped; None for others."""
+    """A message for library errors that users cause, even if wrapped; None for other errors."""
     while error is not None:
         message = str(error)
         for part, plain in PLAIN_MESSAGES.items():
@@ -377,7 +377,7 @@ class TrainingCLI(LightningCLI):
 
 
 def end_all_processes_on_signals(trainer: Trainer) -> None:
-    """Until RunCheckpoint handles signals: they would end this process only, not other ranks."""
+    """Until RunCheckpoint handles signals, make them end all ranks, not only this process."""
 
     def end(signum: int, frame: Any) -> None:
         if trainer.strategy.launcher:
@@ -402,7 +402,7 @@ class ConfigFile(Callback):
 
 
 def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool) -> dict[str, Any]:
-    """The settings in a checkpoint by flag, each checked: the file may be a stranger's."""
+    """The settings in a checkpoint by flag, each checked: the file may be untrusted."""
     model, data = checkpoint["hyper_parameters"], dict(checkpoint["datamodule_hyper_parameters"])
     try:
         config = TrainingConfig(**model)

@@ -25,7 +25,7 @@ class Sequences(IterableDataset[Tensor]):
     batch_size: int  # B, sequences in the batch of one rank
     rank: int = 0
     world_size: int = 1
-    ids: np.ndarray | None = None  # in a different vocabulary, by the ids in `tokens`
+    ids: np.ndarray | None = None  # maps the ids in `tokens` to those of a different vocabulary
 
     def read(self, starts: np.ndarray) -> Tensor:
         """The sequences from these positions; the one that ends the split may be shorter."""
@@ -63,8 +63,8 @@ class RandomSequences(Sequences):
 class EpochSequences(RandomSequences):
     """Training sequences by epochs: in an epoch each character is a target at most once.
 
-    Each epoch draws an offset below block_size, which cuts the split into sequences (less than two
-    of them are left over at its ends), and their order, 8 bytes per sequence.
+    Each epoch draws an offset below block_size at which the split is cut into sequences (what is
+    left over at its ends is less than two), and a random order of them, 8 bytes per sequence.
     """
 
     def starts(self, k: int) -> np.ndarray:

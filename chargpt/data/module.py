@@ -27,7 +27,7 @@ class CharDataModule(LightningDataModule):
         corpus: tiny-shakespeare, python-reference, a text file, or a folder of .txt files.
         data_dir: folder of named texts and token files; default $CHARGPT_DATA_DIR or the cache.
         fallback_corpus: named text to use, with a warning, if a named text is unavailable.
-        block_size: maximum context in characters; the model's follows from it.
+        block_size: maximum context in characters; the command line sets the model's to the same.
         batch_size: sequences in a batch, on each device.
         val_corpus: a text to validate on, instead of a fraction of the corpus.
         val_fraction: fraction of the corpus for validation, after the training part.
@@ -183,10 +183,10 @@ class CharDataModule(LightningDataModule):
 
 
 def check_unchanged(record: dict[str, Any], key: str, value: int | str, path: Path) -> None:
-    """Refuse a text of a different size or digest than recorded; the record may be a stranger's."""
+    """Refuse a text of a different size or digest than recorded; the record may be untrusted."""
     recorded = record.get(key, value)
     if type(recorded) is not type(value) or recorded != value:
         raise UserError(
-            f"{path} is not the text this checkpoint was trained on, or it has changed since\n"
-            "restore it; or name one with --data.corpus to score it, or omit --ckpt_path to train"
+            f"{path} is not the text that the checkpoint records, or it has changed since\n"
+            "restore it, score another with --data.corpus, or omit --ckpt_path to train on it"
         )

@@ -91,7 +91,7 @@ def find_text(corpus: str, data_dir: Path) -> Path:
 def find_files(path: Path, visited: set[str]) -> Iterator[TextFile]:
     """The file at `path`, or the .txt files of the folder there, each once; links are followed.
 
-    Names in folders that begin with a dot and __MACOSX are skipped: they are often copies.
+    Names that begin with a dot, and __MACOSX, are skipped: they are often copies.
     """
     real = os.path.realpath(path)
     if real in visited:

@@ -76,7 +76,7 @@ def scan(source: TextSource) -> tuple[Vocabulary, int, str]:
 
 
 def read_text(source: TextSource) -> Iterator[str]:
-    """The characters of a text in chunks, with a newline after a file that ends without one."""
+    """The characters of a text in chunks; files are separated by a newline if they lack one."""
     end = "\n"
     for file in source.files:
         if end != "\n":
@@ -107,5 +107,5 @@ def read_file(file: TextFile) -> Iterator[str]:
                 ) from error
             status = os.fstat(data.fileno())  # each time: the file may grow without end
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise UserError(f"{file.path} changed while it was read\nstart again")
+                raise UserError(f"{file.path} changed while it was being read\nstart again")
             yield text

@@ -195,7 +195,7 @@ def describe_corpus(corpus: str) -> dict[str, Any]:
     if not path.is_file():
         return {"corpus": corpus}
     data = path.read_bytes()
-    digest, train_characters = hashlib.sha256(data).hexdigest(), 0  # nanoGPT does not tell
+    digest, train_characters = hashlib.sha256(data).hexdigest(), 0  # nanoGPT does not record it
     record = dict(corpus_bytes=len(data), corpus_digest=digest, train_characters=train_characters)
     return {"corpus": corpus, **record}
 

@@ -2,7 +2,7 @@
 
 They compute the same function once weights are renamed and reordered: GPT-2 (Radford et al. 2019)
 with learned positions, GPT-NeoX (Black et al. 2022, arXiv:2204.06745) with rotary positions. Both
-have LayerNorms with gain and bias, a bias in every linear layer, and a head without one.
+have LayerNorms with gain and bias, and a bias in every linear layer except the head.
 """
 
 from dataclasses import asdict
@@ -46,7 +46,7 @@ def convert(gpt: GPT) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 def with_layer_norms_and_biases(gpt: GPT) -> GPT | None:
     """The network with norm "layer" and with all biases except the head's.
 
-    None if that has no counterpart of one of its weights. Otherwise its logits may still differ,
+    None if it has no counterpart for a weight of `gpt`. Otherwise its logits may still differ,
     for example if the norms of `gpt` are not LayerNorms.
     """
     settings = {name: value for name, value in asdict(gpt.config).items() if name in SHARED}

@@ -77,7 +77,7 @@ def describe_training(checkpoint: dict[str, Any]) -> tuple[str, str]:
         f"""\
 ## Training
 
-{step:,} steps on {corpus}, with these settings in `settings.yaml`:
+Trained for {step:,} steps on {corpus}. To repeat it, save the settings below as `settings.yaml`:
 
     chargpt fit --config settings.yaml --trainer.max_steps {step}
 
@@ -97,7 +97,7 @@ def describe_loss(checkpoint: dict[str, Any]) -> str:
     """The validation loss of these exact weights, if they have been validated."""
     loss = validation_loss(checkpoint)
     if loss is None:
-        return "The checkpoint has no loss of these weights on a whole validation split."
+        return "The checkpoint records no loss of these weights on a whole validation split."
     separate = checkpoint["datamodule_hyper_parameters"].get("val_corpus")
     split = "a separate text" if separate else "the part of the text after the training part"
     return f"""\

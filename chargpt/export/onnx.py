@@ -1,7 +1,8 @@
 """Export to an ONNX file: ids (B, T) to logits of the next character (B, T, V), for other runtimes.
 
-B and T are any numbers up to block_size. There is no KV cache: a program that generates text passes
-all characters, at most block_size of them, for each new one. The vocabulary is in the metadata.
+B may be any size, T anything up to block_size. There is no KV cache: a program that generates text
+passes all characters, at most block_size of them, for each new one. The vocabulary is in the
+metadata.
 """
 
 import json
@@ -45,7 +46,7 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
         )
     gpt = generator.gpt
     if sum(4 * weight.numel() for weight in gpt.parameters()) > MAX_BYTES:
-        raise UserError("the weights are too large: an ONNX file can have at most 2 GiB")
+        raise UserError("the weights are too large: an ONNX file can be at most 2 GiB")
     try:
         model = convert(gpt, json.dumps(generator.vocabulary.characters))
         same = compare(model, gpt)
@@ -66,7 +67,7 @@ def export(generator: TextGenerator, checkpoint: dict[str, Any], output: Path, d
 
 
 def convert(gpt: GPT, vocabulary: str) -> bytes:
-    """The network as an ONNX model with a batch and a length of any size."""
+    """The network as an ONNX model with a dynamic batch size and length."""
     T = gpt.config.block_size
     shape = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=T) if T > 1 else 1}
     with quiet():

@@ -5,8 +5,8 @@
 
 This module combines them with the weights, the vocabulary and figures of the run, which are stored
 in script elements of a type that browsers don't execute, escaped so that they cannot end the
-element. A content security policy allows only the page's own scripts, by their hashes, and forbids
-everything else, so the page can neither load anything nor send anything.
+element. A content security policy allows only the page's own scripts and styles, by their hashes,
+and its worker, and forbids everything else: the page can neither load nor send anything.
 """
 
 import base64
@@ -162,7 +162,7 @@ def pack(gpt: GPT, dtype: str) -> tuple[bytes, list[tuple[str, int, int]]]:
 def example(gpt: GPT, dtype: str) -> dict[str, list[Any]]:
     """Ids and the logits after them, which the page compares with its own when it is opened.
 
-    It finds what no setting tells: that the code of the network is no longer what page.js computes.
+    It catches what no setting reveals: network code that page.js no longer matches.
     """
     gpt = copy.deepcopy(gpt).float()
     for parameter in gpt.parameters():

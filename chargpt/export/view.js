@@ -979,7 +979,8 @@ function fill_choices() {
   $("prompt").value = first_prompt();
   for (const [id, value] of Object.entries(history.state ?? {})) if (FIELDS.includes(id)) $(id).value = value;
   $("same").textContent =
-    "The same prompt, seed and settings give the same text here and in “python -m chargpt predict”.";
+    "The same prompt, seed and settings give the same text here and in “python -m chargpt predict”" +
+    (DATA.weights.dtype === "float16" ? ", except where rounding the weights to float16 changes it." : ".");
 }
 
 // A prompt to start with, in characters that the network knows.

@@ -1,4 +1,4 @@
-"""The network: a decoder-only transformer over characters. It imports torch and nothing else."""
+"""The network, a decoder-only transformer over characters, in files that need torch alone."""
 
 from .config import GPTConfig, UserError
 from .gpt import GPT

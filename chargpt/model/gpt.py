@@ -7,7 +7,7 @@ explains every part; this is the same network, written to be fast.
     B  sequences in a batch         V  size of the vocabulary
     T  characters in a sequence     H  attention heads
     C  channels (n_embd)            D  channels of one head (C / H)
-    S  positions that can be attended to: T, and those in the KV cache before them
+    S  positions that can be attended to: the T new ones, and those in the KV cache
 """
 
 import torch
@@ -63,8 +63,8 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.query_key_value(x, angles)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        # Causal: position t sees positions 0 to t only. The kernel takes care of that without a
-        # cache or with an empty one, then the mask; one new character may see the whole cache.
+        # Causal: position t sees positions 0 to t only. Without a cache, or with an empty one, the
+        # kernel ensures that, otherwise the mask; a single new character needs neither.
         causal = cache is None or (mask is None and x.size(1) > 1)
         dropout = self.attention_dropout if self.training else 0.0
         # softmax(q k^T / sqrt(D)) v, in one kernel
@@ -154,7 +154,7 @@ class GPT(nn.Module):
         return self.head(self.hidden_states(ids, cache))
 
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The input of the head, (B, T, C): the residual stream after the last block, normed."""
+        """The input of the head, (B, T, C): the normalized residual stream after the last block."""
         T, config = ids.size(1), self.config
         if cache is not None:
             positions, angles, mask, ngram_ids, layers = cache.append(ids)

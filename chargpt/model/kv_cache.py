@@ -56,7 +56,7 @@ class KVCache:
         self.capacity = min(config.block_size if capacity is None else capacity, config.block_size)
         self.lengths = [0] * rows
         self.ngram_context = config.ngram_context
-        # Zeros, not empty: hidden slots are multiplied by 0 all the same, and 0 * nan is nan.
+        # Zeros, not empty: masked slots are still multiplied by 0, and 0 * nan is nan.
         zeros = gpt.token_embedding.weight.new_zeros
         shape = (config.n_layer, 2, rows, config.n_head, self.capacity, config.head_size)
         self.memory = zeros(shape)  # keys and values of each layer

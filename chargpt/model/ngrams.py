@@ -24,7 +24,10 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(sum(self.rows), n_embd)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, N - 1 + T) to vectors (B, T, C): T new ids after N - 1 or 0s, N the largest n."""
+        """ids (B, N - 1 + T) to vectors (B, T, C), with N the largest n.
+
+        The first N - 1 ids are those before the T new ones, or 0s.
+        """
         N = self.orders[-1]
         windows = ids.unfold(1, N, 1).flip(-1)  # (B, T, N): the id of a position, those before it
         # An n-gram's hash extends that of the n-gram one id shorter.

@@ -1,9 +1,9 @@
 """The checkpoints of a run, last.ckpt and best.ckpt, and stopping on a signal.
 
 They are written only where Lightning's own loop state resumes exactly: after an optimizer
-step with no validation due, after a validation, and at the end of the epoch. The rest is a function
-of the step: which sequences are read (`data/datasets.py`), dropout and the learning rate
-(`training/module.py`).
+step with no validation due, after a validation, and at the end of the epoch. The rest follows from
+the step (with max_time, also from the time): which sequences are read (`data/datasets.py`), dropout
+and the learning rate (`training/module.py`).
 """
 
 import inspect
@@ -65,7 +65,7 @@ class Validation(NamedTuple):
     loss: float
 
     def is_better_than(self, other: "Validation | None") -> bool:
-        """A longer context is better; at equal contexts, where losses compare, a lower loss."""
+        """A longer context wins; at the same context, where losses are comparable, a lower loss."""
         return other is None or (self.context, -self.loss) > (other.context, -other.loss)
 
 
@@ -110,7 +110,7 @@ class RunCheckpoint(Checkpoint):
                     self.best = validation_in(read_checkpoint(self.path(BEST)))
                 except UserError as error:
                     reason = str(error).splitlines()[0]
-                    warnings.warn(f"{reason}; the next validation replaces it", stacklevel=2)
+                    warnings.warn(f"{reason}; the next validation will replace it", stacklevel=2)
 
     @rank_zero_only
     def acquire_lock(self) -> None:
@@ -139,7 +139,7 @@ class RunCheckpoint(Checkpoint):
     on_exception = unlock  # loggers still write to the folder
 
     def release(self, *_: Any, **__: Any) -> None:
-        """Unlock the folder, and remove it if nothing was saved in it."""
+        """Unlock the folder; remove it if it is new and no checkpoint was saved in it."""
         self.unlock()
         if self.is_new and self.folder and not any(self.folder.glob(f"{FOLDER}/**/*.ckpt")):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -166,11 +166,11 @@ class RunCheckpoint(Checkpoint):
         if not self.received:
             self.received_at = now
         elif signum == signal.SIGINT and now - self.received_at > 1:
-            raise KeyboardInterrupt  # sooner, it is the first one again, from torchrun
+            raise KeyboardInterrupt  # within a second, it is the first one again, from torchrun
         self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        # Lightning validates before it stops. A time limit takes effect after full accumulations.
+        # Lightning validates before it stops. A time limit waits for a complete accumulation.
         self.should_stop |= trainer.should_stop or trainer.global_step == trainer.max_steps
         batches = trainer.fit_loop.batch_idx + 1
         trainer.should_stop = self.should_stop and batches % trainer.accumulate_grad_batches == 0
@@ -316,7 +316,7 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Restore the callbacks' counters, but not their settings or paths outside this run.
+    """Keep the saved counters of callbacks, but neither their settings nor paths outside this run.
 
     Settings come from the command; paths become files in this run folder, which may have moved.
     """

@@ -27,7 +27,7 @@ SAMPLE_CHARS = 300
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Progress bar of steps with the time left, in terminals and notebooks only.
+    """Progress bar of the run, with the step and the time left, in terminals and notebooks only.
 
     It reads metrics, which synchronizes with the device, only when it is drawn.
     """
@@ -50,7 +50,7 @@ class StepProgressBar(TQDMProgressBar):
         return bar
 
     def on_train_epoch_start(self, *args: Any) -> None:
-        """Lightning would count the batches of this epoch."""
+        """Do nothing: Lightning would reset the bar to count the batches of this epoch."""
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         bar, now = self.train_progress_bar, time.perf_counter()
@@ -130,7 +130,7 @@ class RunReport(Callback):
             gpt = copy(module.gpt)
             gpt.config = replace(
                 gpt.config, block_size=module.context
-            )  # no longer than it has seen
+            )  # no longer than those it trained on
             generator = TextGenerator(gpt, module.vocabulary)
             text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
             indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim

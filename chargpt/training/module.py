@@ -1,4 +1,4 @@
-"""GPTModule: one training step, one validation step, the optimizer; and their settings."""
+"""GPTModule: the training step, the validation step, the optimizer, and their settings."""
 
 import math
 from contextlib import suppress
@@ -33,7 +33,7 @@ class TrainingConfig(GPTConfig):
     """The settings of a GPTModule: those of its network, and how it is trained."""
 
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # type: ignore[valid-type]
-    """adamw for all weights; muon: Muon for the matrices of the blocks, AdamW for the others."""
+    """adamw: AdamW for all weights; muon: Muon for the blocks' matrices, AdamW for the others."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
@@ -41,9 +41,9 @@ class TrainingConfig(GPTConfig):
     beta2: float = 0.999
     """AdamW's decay rate for the running mean of squared gradients."""
     eps: float = 1e-8
-    """AdamW's epsilon; a larger one shrinks updates with small gradients, as of rare n-grams."""
+    """AdamW's epsilon; a larger one shrinks updates with small gradients, as for rare n-grams."""
     weight_decay: float = 0.01
-    """AdamW's weight decay, applied to embeddings and matrices, never to biases and gains."""
+    """AdamW's weight decay, applied to embeddings and matrices, never to biases or gains."""
     muon_lr: float | None = None
     """Peak learning rate of Muon; required with optimizer muon."""
     muon_weight_decay: float = 0.0
@@ -55,11 +55,11 @@ class TrainingConfig(GPTConfig):
     warmup_steps: int = 0
     """Learning rate warm-up: steps over which it rises from zero."""
     schedule: Literal[tuple(SCHEDULES)] = "constant"  # type: ignore[valid-type]
-    """Learning rate schedule; cosine and linear fall to min_lr_ratio at the end of the run."""
+    """Learning rate schedule; cosine and linear decay, in the end to min_lr_ratio of the peak."""
     min_lr_ratio: float = 0.0
     """Final learning rate, as a fraction of the peak."""
     short_contexts: dict[int, float] | None = None
-    """Sequence length warm-up, {context length: fraction of the run until which it is used}."""
+    """Sequence length warm-up, {context length: fraction of the run at which its use ends}."""
     second_target: float = 0.0
     """Weight of an auxiliary loss for predicting the character after the next (multi-token
     prediction); it falls to 0 halfway through the run."""
@@ -108,9 +108,9 @@ class GPTModule(LightningModule):
     def init_from(cls, path: str | Path | None = None, **settings: Any) -> "GPTModule":
         """A module that starts with the weights of a checkpoint, for a new run on any text.
 
-        `path` may be "last" or "best" (the default), of the newest run. `settings` are training
-        settings and dropouts; all others come from the checkpoint. Characters that only the new
-        text has are appended to the vocabulary.
+        `path` is a file, or "best" (the default) or "last" for that checkpoint of the newest run.
+        `settings` are training settings and dropout rates; all others come from the checkpoint.
+        Characters that only the new text has are appended to the vocabulary.
         """
         start = load(path)
         network = {name: getattr(start.gpt.config, name) for name in WEIGHT_SETTINGS}
@@ -119,7 +119,7 @@ class GPTModule(LightningModule):
         return module
 
     def build(self, vocabulary: Vocabulary) -> None:
-        """Create the network for a vocabulary; its initial weights depend on the seed only."""
+        """Create the network for a vocabulary; its initial weights depend only on the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
@@ -232,7 +232,7 @@ class GPTModule(LightningModule):
         return every > 0 and (self.global_step == 0 or (self.global_step + 1) % every == 0)
 
     def on_validation_epoch_start(self) -> None:
-        # In float64, whatever the network computes in; MPS only has float32.
+        # In float64, whatever the network computes in, except on MPS, which lacks it.
         self.mean_loss.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
         self.mean_loss.reset()
 
@@ -295,7 +295,7 @@ def keep_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
 
 
 def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
-    """Refuse a Trainer that would never end, never validate, or silently do something else."""
+    """Refuse a Trainer that would never end, never validate, or not do what it was asked to."""
     if (data := datamodule_of(trainer)) is None:
         raise UserError("a GPTModule needs a CharDataModule: pass it as `datamodule`")
     if config.block_size != (size := data.hparams["block_size"]):
@@ -310,11 +310,9 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
         raise UserError("GradientAccumulationScheduler needs epochs; set accumulate_grad_batches")
     if type(trainer.limit_train_batches) is not int:  # the training data is endless
         if trainer.max_epochs not in (None, -1):
-            raise UserError(
-                "data is endless: set max_steps, or use max_epochs and limit_train_batches"
-            )
+            raise UserError("training data is endless: omit max_epochs, or set limit_train_batches")
         if trainer.enable_validation and type(trainer.val_check_interval) is not int:
-            raise UserError("data is endless: set val_check_interval to a number of batches")
+            raise UserError("training data is endless: val_check_interval must be a whole number")
     scheduled = config.schedule != "constant" or config.short_contexts or config.second_target
     if scheduled and trainer.max_steps == -1 and not callbacks_of(trainer, callbacks.Timer):
         raise UserError("schedule, short_contexts and second_target need max_steps or max_time")

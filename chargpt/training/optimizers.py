@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): for each Newton-Schulz step, the odd
-# polynomial that best maps the singular values, in the range left by earlier steps, close to 1.
+# polynomial that brings singular values, within the range left by earlier steps, closest to 1.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -22,7 +22,7 @@ POLAR_EXPRESS = (
 def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """Orthogonalize matrices (..., rows, columns) with Newton-Schulz iterations.
 
-    Every singular value becomes close to 1, closer with more steps (at most len(POLAR_EXPRESS));
+    Nonzero singular values move close to 1, closer with more steps (at most len(POLAR_EXPRESS));
     singular vectors are unchanged. It computes in bfloat16 on CUDA, and in float32 elsewhere:
     bfloat16 is very slow on CPUs that lack instructions for it.
     """
@@ -126,12 +126,12 @@ def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) ->
     return MuonAdamW(groups)
 
 
-# Each takes the module whose parameters are trained, its blocks, the TrainingConfig, and
-# whether a fused kernel may be used. A group's `initial_lr` is its peak learning rate.
+# Each takes the module whose parameters are trained, the blocks of its network, the TrainingConfig,
+# and whether a fused kernel may be used. A group's `initial_lr` is its peak learning rate.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": make_muon}
 
-# The fraction of the peak learning rate as a function of the optimizer steps so far, the fraction
-# of the run completed, in [0, 1], and the run's number of steps (None if only time limits it).
+# From 1 (the peak learning rate) to 0 (min_lr_ratio of it), as a function of the optimizer steps so
+# far, the fraction of the run completed, and its number of steps (None if only time limits it).
 SCHEDULES: dict[str, Callable[[int, float, int | None], float]] = {
     "constant": lambda step, progress, total_steps: 1.0,
     "cosine": lambda step, progress, total_steps: 0.5 * (1 + math.cos(math.pi * progress)),

@@ -110,7 +110,7 @@ def run_checkpoint(
     if discards or settings.get("barebones"):
         callbacks[:] = [callback for callback in callbacks if callback is not run]
         return None
-    if run is None:  # ranks other than 0 ask it for the folder
+    if run is None:  # the other ranks get the folder from rank 0
         run = RunCheckpoint(new_run(root) if rank_zero_only.rank == 0 else None)  # type: ignore[attr-defined]
         callbacks.append(run)
     return run

@@ -14,6 +14,7 @@ text samples and checkpoints, which all happen at validations and are reported s
 import argparse
 import contextlib
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -72,9 +73,7 @@ class MeasuredCLI(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         self.clock = Clock()
-        trainer.callbacks.append(
-            self.clock
-        )  # last, to exclude what other callbacks do at validation
+        trainer.callbacks.append(self.clock)  # last: the validation time includes other callbacks
         return trainer
 
 
@@ -205,6 +204,8 @@ def main() -> None:
     sub.add_argument("json", type=Path)
     sub.add_argument("--picture", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     options.command(options)
 
 

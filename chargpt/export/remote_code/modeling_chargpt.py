@@ -1,6 +1,6 @@
 """A chargpt network for Transformers: AutoModelForCausalLM with trust_remote_code=True.
 
-The network itself is in gpt.py and the files that it imports, the same code that trained it.
+The network itself is in gpt.py and the files that it imports, the code it was trained with.
 """
 
 from typing import Any, NamedTuple
