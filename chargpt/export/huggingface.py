@@ -268,7 +268,7 @@ def tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def generation_config(config: GPTConfig) -> dict[str, Any]:
-    """Our sampling defaults. Half the context is left for the prompt: beyond it all, GPT-2 fails."""
+    """Our sampling defaults. Half the context is left for the prompt: past its end, GPT-2 fails."""
     return {
         "do_sample": True,
         "temperature": GenerationConfig.temperature,
