@@ -33,6 +33,7 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
 WEIGHT_SETTINGS = [name for name in NETWORK_SETTINGS if not name.endswith("dropout")]
+OURS: dict[str, Any] = dict(version=chargpt.__version__, network=NETWORK_SETTINGS)
 PARTS: dict[str, type] = dict(state_dict=dict, hyper_parameters=dict, global_step=int)
 PARTS |= dict(datamodule_hyper_parameters=dict, vocabulary=str, chargpt=dict)
 PARTS |= dict(loops=dict, callbacks=dict, optimizer_states=list)
@@ -173,14 +174,6 @@ def validation_loss(checkpoint: dict[str, Any]) -> float | None:
     return loss if type(loss) is float and math.isfinite(loss) and whole else None
 
 
-def describe(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The keys that make a checkpoint self-contained, in addition to Lightning's."""
-    return {
-        "vocabulary": vocabulary.characters,
-        "chargpt": {"version": chargpt.__version__, "network": list(NETWORK_SETTINGS)},
-    }
-
-
 def checkpoint_of(
     weights: dict[str, Tensor], config: GPTConfig, vocabulary: Vocabulary, **parts: Any
 ) -> dict[str, Any]:
@@ -192,7 +185,8 @@ def checkpoint_of(
         "datamodule_hyper_parameters": {},
         "global_step": 0,
         "epoch": 0,
-        **describe(vocabulary),
+        "vocabulary": vocabulary.characters,
+        "chargpt": dict(OURS),
         **parts,
     }
 
@@ -315,11 +309,9 @@ def check_optimizer_state(state: Any, groups: Sequence[Sequence[Tensor]]) -> Non
     for parameter, values in states:
         for name, value in values.items():
             check_finite(value, f"the optimizer's {name}")
-            shape = [] if name == "step" else list(parameter.shape)
-            if list(value.shape) != shape:
-                raise UserError(
-                    f"the optimizer's {name} has shape {list(value.shape)}, not {shape}"
-                )
+            shape = [] if name == "step" else [*parameter.shape]
+            if [*value.shape] != shape:
+                raise UserError(f"the optimizer's {name} has shape {[*value.shape]}, not {shape}")
 
 
 def check_finite(value: Any, name: str) -> None:

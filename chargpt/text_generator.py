@@ -38,11 +38,9 @@ class TextGenerator(nn.Module):
 
     def __init__(self, gpt: GPT, vocabulary: Vocabulary) -> None:
         super().__init__()
-        size = gpt.token_embedding.num_embeddings
-        if size != len(vocabulary):
-            raise UserError(
-                f"the network has {size} characters, but the vocabulary has {len(vocabulary)}"
-            )
+        V = gpt.token_embedding.num_embeddings
+        if len(vocabulary) != V:
+            raise UserError(f"the network has {V} characters, but the vocabulary {len(vocabulary)}")
         self.gpt = gpt
         self.vocabulary = vocabulary
 

@@ -374,7 +374,7 @@ def test_a_validation_text_with_unknown_characters_is_refused_by_name(tmp_path):
     data = make_data(tmp_path, val_corpus=write_val(tmp_path, "hedge fed z"))
     data.setup()
     with pytest.raises(UserError, match=r"val.txt has characters .* does not know: \['z'\]"):
-        data.use_vocabulary(data.vocabulary)
+        data.val_dataloader()
 
 
 def test_a_changed_validation_text_is_refused_unless_it_is_named(tmp_path):

@@ -132,6 +132,7 @@ PRIVATE = {
     "_foreach_mul_": "the same",
     "_foreach_add_": "the same",
     "_ddp_kwargs": "Lightning fixes them before the number of ranks is known",
+    "_should_check_val_fx": "whether a validation follows has no public name, and five cases",
 }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -38,8 +39,6 @@ from chargpt.training.checkpointing import SIGNALS, RunCheckpoint, check_resumab
 from chargpt.training.module import callbacks_of, check_same_model
 from chargpt.training.trainer import RUN_SETTINGS, TRAINER_DEFAULTS, as_list
 from chargpt.vocabulary import Vocabulary
-
-SEED = 1337
 
 LINKS = {  # given once, for all that need it
     "model.block_size": "data.block_size",
@@ -133,19 +132,16 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
         self.initial: tuple[GPT, Vocabulary] | None = None  # what a new run starts with
-        self.args: list[str] = []
         super().__init__(
             GPTModule,
             CharDataModule,
-            save_config_callback=None,  # ConfigFile writes to the run folder
+            save_config_callback=None,  # `write_config` writes to the run folder
             trainer_class=make_trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             run=False,
             args=args,
-            seed_everything_default=SEED,
             parser_kwargs={
                 "prog": f"python -m chargpt {command}",
                 "description": f"{COMMANDS[command][1]} --config takes files, and names of shipped "
@@ -180,7 +176,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--seed_everything",
             type=int,
-            default=self.seed_everything_default,
+            default=TrainingConfig.seed,
             help="Seed of the weights, of the sequences in each batch, and of dropout.",
         )
 
@@ -200,10 +196,8 @@ class TrainingCLI(LightningCLI):
         for target, source in LINKS.items():
             if self.is_given(target):
                 fail(f"{target} cannot be set\nset {source}, which it follows", status=2)
-        if not 0 <= self.config.seed_everything < 2**32:
-            raise UserError(
-                f"seed_everything is {self.config.seed_everything}; it must be from 0 to 2**32 - 1"
-            )
+        if not 0 <= (seed := self.config.seed_everything) < 2**32:
+            raise UserError(f"seed_everything is {seed}; it must be from 0 to 2**32 - 1")
         limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}.get(self.command)
         if limit and self.config.trainer[limit] == 0:
             raise UserError(f"trainer.{limit} is 0: nothing would be scored; increase it")
@@ -235,6 +229,11 @@ class TrainingCLI(LightningCLI):
         self.checkpoint = read_checkpoint(path)
         build_network(self.checkpoint, path)  # says what is wrong with it, if anything
         restored = restored_settings(self.checkpoint, path, with_trainer=self.command == "fit")
+        if "data.corpus" not in restored and not self.is_given("data.corpus"):
+            raise UserError(
+                "the checkpoint does not record the text that it was trained on\n"
+                "choose one with --data.corpus"
+            )
         if self.command != "fit" and self.is_given("data.corpus"):  # which is scored instead
             restored["data.val_corpus"] = None
         self.parser.set_defaults(restored)
@@ -316,28 +315,25 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunCheckpoint(None))  # an evaluation leaves nothing behind
             kwargs["logger"] = False
         else:
-            callbacks.append(ConfigFile(self.parser, self.config))
+            callbacks.append(LambdaCallback(on_fit_start=self.write_config))
             if folder := self.checkpoint_path and run_of(self.checkpoint_path):
                 callbacks.append(RunCheckpoint(folder))
-        if self.checkpoint:
-            self.set_trained_text()
+        if self.checkpoint:  # texts must not have changed, except those that are scored instead
+            self.datamodule.trained = self.checkpoint["datamodule_hyper_parameters"]
+            if self.command != "fit":
+                names = ("corpus", "val_corpus")
+                self.datamodule.other_texts = [n for n in names if self.is_given(f"data.{n}")]
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (TypeError, ValueError) as error:  # Lightning's message for invalid settings
             raise UserError(str(error)) from error
 
-    def set_trained_text(self) -> None:
-        """Tell the data which text, and which part of it, the checkpoint was trained on."""
-        saved = self.checkpoint["datamodule_hyper_parameters"]
-        given = [name for name in ("corpus", "val_corpus") if self.is_given(f"data.{name}")]
-        if saved.keys() >= TEXT_RECORD:
-            self.datamodule.trained = {key: saved[key] for key in VAL_RECORD if key in saved}
-            self.datamodule.other_texts = () if self.command == "fit" else given
-        elif saved.get("corpus") not in NAMED_TEXTS and "corpus" not in given:
-            raise UserError(
-                "the checkpoint does not record the text that it was trained on\n"
-                "choose one with --data.corpus"
-            )
+    @rank_zero_only
+    def write_config(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write config.yaml to the run folder, for people and for --config."""
+        if callbacks_of(trainer, RunCheckpoint):
+            path = Path(trainer.default_root_dir, "config.yaml")
+            self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
     def run(self) -> None:
         """Run the command."""
@@ -387,18 +383,6 @@ def end_all_processes_on_signals(trainer: Trainer) -> None:
     for signum in SIGNALS:
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, end)
-
-
-class ConfigFile(Callback):
-    """Writes config.yaml to the run folder, for people and for --config."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
-        self.parser, self.config = parser, config
-
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and callbacks_of(trainer, RunCheckpoint):
-            path = Path(trainer.default_root_dir, "config.yaml")
-            self.parser.save(self.config, path, skip_unset=False, overwrite=True)
 
 
 def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool) -> dict[str, Any]:

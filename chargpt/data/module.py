@@ -41,7 +41,7 @@ class CharDataModule(LightningDataModule):
 
     corpus: Corpus  # `prepare_data` sets these three
     val_corpus: Corpus  # the same text, unless there is one of its own
-    vocabulary: Vocabulary  # of the corpus, or of the network (`use_vocabulary`)
+    vocabulary: Vocabulary  # of the corpus
 
     def __init__(
         self,
@@ -142,17 +142,6 @@ class CharDataModule(LightningDataModule):
             record |= {f"{name}_bytes": source.size, f"{name}_digest": digest}
         self.save_hyperparameters(record)
 
-    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Serve ids of a network's vocabulary, which must contain all characters of the texts."""
-        for corpus in (self.corpus, self.val_corpus):
-            if unknown := set(corpus.vocabulary.characters) - set(vocabulary.characters):
-                raise UserError(
-                    f"{corpus.source.path} has characters that the network does not know: "
-                    f"{sorted(unknown)[:5]}\nuse a text without them; or add those of a training "
-                    "text to the network, in a new run with fit --init_from"
-                )
-        self.vocabulary = vocabulary
-
     def train_dataloader(self) -> DataLoader:
         # Lightning has restored global_step: resume with the micro-batch that comes next.
         h, trainer = self.hparams, self.trainer
@@ -170,8 +159,16 @@ class CharDataModule(LightningDataModule):
 
     def loader(self, dataset: Any, text: Corpus, tokens: np.ndarray, **settings: Any) -> DataLoader:
         h, trainer = self.hparams, self.trainer
-        if text.vocabulary != self.vocabulary:
-            settings["ids"] = self.vocabulary.encode(text.vocabulary.characters)
+        network = trainer.lightning_module if trainer else None
+        known: Vocabulary = getattr(network, "vocabulary", self.vocabulary)  # its ids are served
+        if unknown := set(text.vocabulary.characters) - set(known.characters):
+            raise UserError(
+                f"{text.source.path} has characters that the network does not know: "
+                f"{sorted(unknown)[:5]}\nuse a text without them; or add those of a training text "
+                "to the network, in a new run with fit --init_from"
+            )
+        if text.vocabulary != known:
+            settings["ids"] = known.encode(text.vocabulary.characters)
         if trainer:
             settings |= dict(rank=trainer.global_rank, world_size=trainer.world_size)
         return DataLoader(

@@ -36,11 +36,8 @@ from chargpt.checkpoints import (
 )
 from chargpt.model import UserError
 
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)  # Windows lacks the last two
-]
+# Windows lacks the last two.
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -239,10 +236,11 @@ class RunCheckpoint(Checkpoint):
 
         It would after an optimizer step, unless a validation that is due then has not run yet.
         """
-        batches = trainer.fit_loop.total_batch_idx + 1
-        stepped = batches == trainer.global_step * trainer.accumulate_grad_batches
-        validated = self.validated_batch == batches - 1
-        return stepped and (validated or not validation_due(trainer))
+        loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop.total_batch_idx + 1
+        if not 0 < batches == trainer.global_step * trainer.accumulate_grad_batches:
+            return False
+        due = loop._should_check_val_fx(None)  # type: ignore[arg-type]  # of loaders with a length
+        return not due or self.validated_batch == batches - 1
 
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
@@ -255,15 +253,6 @@ class RunCheckpoint(Checkpoint):
         self.saved_step = checkpoint["global_step"]
         self.restored = validation_in(checkpoint)
         adapt_callback_states(trainer, checkpoint)
-
-
-def validation_due(trainer: Trainer) -> bool:
-    """Whether Lightning validates after this batch."""
-    loop, every = trainer.fit_loop, trainer.check_val_every_n_epoch
-    batches = (loop.total_batch_idx if every is None else loop.batch_idx) + 1
-    in_epoch = every is None or (trainer.current_epoch + 1) % every == 0
-    due = trainer.should_stop or batches % (trainer.val_check_batch or 1) == 0
-    return trainer.enable_validation and in_epoch and due
 
 
 def validation_of(trainer: Trainer, module: Any) -> Validation:
@@ -287,8 +276,8 @@ def sequences_per_step(trainer: Trainer) -> int:
 
 def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Raise a UserError for a checkpoint that this Trainer would not resume exactly."""
-    parts = [checkpoint.get(name) for name in ("callbacks", "loops", "optimizer_states")]
-    has_state = parts[0] is not None and "fit_loop" in (parts[1] or ()) and len(parts[2] or ()) == 1
+    callbacks, loops, optimizers = map(checkpoint.get, ("callbacks", "loops", "optimizer_states"))
+    has_state = callbacks is not None and "fit_loop" in (loops or ()) and len(optimizers or ()) == 1
     if not (has_state and checkpoint["chargpt"].get("resumable")):
         raise UserError(
             "the checkpoint cannot be resumed exactly: it was written just before a validation "
@@ -302,9 +291,7 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             "run resumes\nchange --data.batch_size instead"
         )
     known = {callback.state_key for callback in trainer.callbacks} | {Timer.__qualname__}  # type: ignore[attr-defined]
-    missing = [
-        str(key).partition("{")[0] for key in checkpoint.get("callbacks", {}) if key not in known
-    ]
+    missing = [str(key).partition("{")[0] for key in callbacks or () if key not in known]
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not averages:
         missing.append("WeightAveraging")

@@ -37,10 +37,6 @@ class StepProgressBar(TQDMProgressBar):
         if not sys.stdout.isatty() and not hasattr(sys, "ps1"):  # notebooks have a prompt
             self.disable()
 
-    @property
-    def train_description(self) -> str:
-        return step_of(self.trainer)
-
     def init_train_tqdm(self) -> Any:
         self.drawn_at: float | None = None
         bar = super().init_train_tqdm()
@@ -58,7 +54,7 @@ class StepProgressBar(TQDMProgressBar):
             bar.initial = module.progress  # above 0 when a run is resumed
         if self.drawn_at is None or now - self.drawn_at > REDRAW_S:
             bar.n, self.drawn_at = module.progress, now
-            bar.set_description_str(self.train_description, refresh=False)
+            bar.set_description_str(step_of(trainer), refresh=False)
             bar.set_postfix(self.get_metrics(trainer))
 
     def on_exception(self, *args: Any) -> None:

@@ -1,7 +1,6 @@
 """GPTModule: the training step, the validation step, the optimizer, and their settings."""
 
 import math
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,7 @@ from lightning.pytorch import callbacks
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from chargpt.checkpoints import (
-    NETWORK_SETTINGS,
-    WEIGHT_SETTINGS,
-    check_optimizer_state,
-    describe,
-)
+from chargpt.checkpoints import NETWORK_SETTINGS, OURS, WEIGHT_SETTINGS, check_optimizer_state
 from chargpt.data import CharDataModule
 from chargpt.model import GPT, GPTConfig, UserError
 from chargpt.model.config import FRACTION, check
@@ -82,9 +76,7 @@ class TrainingConfig(GPTConfig):
             raise UserError("optimizer adamw takes no muon_lr; set muon_lr to null")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
-                rule = (
-                    f"lengths must divide block_size {self.block_size}; fractions must be in (0, 1]"
-                )
+                rule = f"lengths must divide block_size {self.block_size}, fractions be in (0, 1]"
                 raise UserError(f"short_contexts has {length}: {until}; {rule}")
 
 
@@ -154,27 +146,22 @@ class GPTModule(LightningModule):
         except RuntimeError:  # in load_from_checkpoint, where on_load_checkpoint builds
             return
         check_trainer(trainer, self.config)
-        data = datamodule_of(trainer)
         if not hasattr(self, "gpt"):
             known = self.initial[1] if self.initial else Vocabulary("")
-            self.build(known.extended(data.corpus.vocabulary))
-        data.use_vocabulary(self.vocabulary)
+            self.build(known.extended(datamodule_of(trainer).corpus.vocabulary))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # On all ranks, so that all stop; earlier checkpoints are left alone.
         if not all(p.isfinite().all() for p in self.gpt.parameters()):
             raise diverged("a weight", math.nan, self.global_step)
-        ours = describe(self.vocabulary)
-        own = checkpoint.get("chargpt", {}) | ours["chargpt"] | {"context": self.context}
-        checkpoint |= ours | {"chargpt": own}
+        checkpoint["vocabulary"] = self.vocabulary.characters
+        checkpoint.setdefault("chargpt", {}).update(OURS, context=self.context)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_model(checkpoint["hyper_parameters"], self.config)
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         if not hasattr(self, "gpt") or vocabulary != self.vocabulary:
             self.build(vocabulary)
-            with suppress(RuntimeError):  # no Trainer, in load_from_checkpoint
-                datamodule_of(self.trainer).use_vocabulary(vocabulary)
 
     def loss(self, hidden: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
         """Mean cross-entropy in nats per character, from hidden states (B, T, C)."""
@@ -299,9 +286,7 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
     if (data := datamodule_of(trainer)) is None:
         raise UserError("a GPTModule needs a CharDataModule: pass it as `datamodule`")
     if config.block_size != (size := data.hparams["block_size"]):
-        raise UserError(
-            f"block_size is {config.block_size} in the GPTModule, but {size} in the data"
-        )
+        raise UserError(f"block_size is {config.block_size} in the GPTModule, but {size} in data")
     if trainer.state.fn != "fit":
         return
     if callbacks_of(trainer, callbacks.StochasticWeightAveraging):

@@ -148,11 +148,9 @@ def check_limits(settings: dict[str, Any]) -> None:
         value, unlimited = settings.get(name), name in ("max_steps", "max_epochs")
         if value is not None and value <= 0 and not (unlimited and value == -1):
             raise UserError(f"trainer.{name} is {value}; it must be positive")
-    batches, accumulate = settings["limit_train_batches"], settings["accumulate_grad_batches"]
-    if type(batches) is int and batches % accumulate:  # a partial step could not be resumed
-        raise UserError(
-            f"limit_train_batches {batches} is not a multiple of accumulate_grad_batches"
-        )
+    n, accumulate = settings["limit_train_batches"], settings["accumulate_grad_batches"]
+    if type(n) is int and n % accumulate:  # a partial step could not be resumed
+        raise UserError(f"limit_train_batches {n} is not a multiple of accumulate_grad_batches")
     if "spawn" in str(settings.get("strategy")):
         raise UserError("strategy ddp_spawn is not supported; use ddp, which also starts processes")
     if 0 < settings["max_steps"] < (settings.get("min_steps") or 0):
