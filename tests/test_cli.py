@@ -505,7 +505,7 @@ CONFIGS = {
         (["--trainer.max_time=abc"], 1, "max_time abc is not a duration"),
         (["--trainer.max_steps=0"], 1, "trainer.max_steps is 0; it must be positive"),
         (["--trainer.val_check_interval=0"], 1, "trainer.val_check_interval is 0"),
-        (["--trainer.max_epochs=1"], 1, "set max_steps, or use max_epochs"),
+        (["--trainer.max_epochs=1"], 1, "set max_steps without max_epochs"),
         (["--trainer.accumulate_grad_batches=0"], 1, "trainer.accumulate_grad_batches is 0"),
         # missing runs
         (["predict"], 1, "no run with a checkpoint"),

@@ -956,7 +956,7 @@ def test_errors_are_shown_and_the_field_is_marked_invalid(opened, usual):
 
 
 def test_a_network_whose_code_has_changed_generates_nothing(chrome, tmp_path):
-    chrome.open(make_page(tmp_path, with_different_code()))
+    chrome.driver.get(make_page(tmp_path, with_different_code()).as_uri())
     chrome.wait("document.getElementById('problem').textContent.includes('does not compute')")
     assert chrome.text("#text") == ""
     assert not chrome.element("#write").is_enabled()

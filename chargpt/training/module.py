@@ -295,7 +295,9 @@ def check_trainer(trainer: Trainer, config: TrainingConfig) -> None:
         raise UserError("GradientAccumulationScheduler needs epochs; set accumulate_grad_batches")
     if type(trainer.limit_train_batches) is not int:  # the training data is endless
         if trainer.max_epochs not in (None, -1):
-            raise UserError("training data is endless: omit max_epochs, or set limit_train_batches")
+            raise UserError(
+                "training data is endless: set max_steps without max_epochs, or limit_train_batches"
+            )
         if trainer.enable_validation and type(trainer.val_check_interval) is not int:
             raise UserError("training data is endless: val_check_interval must be a whole number")
     scheduled = config.schedule != "constant" or config.short_contexts or config.second_target
