@@ -54,7 +54,7 @@ class GPTConfig:
     """Number of transformer blocks."""
     dropout: float = 0.2
     """Fraction of values set to zero during training, in [0, 1): of attention weights, and of the
-    outputs of attention and feed-forward layers."""
+    outputs of attention and feed-forward layers; of nothing else."""
     attention_dropout: float | None = None
     """Fraction of attention weights set to zero during training, which is slow on a CPU; null
     takes the value of dropout."""
