@@ -321,5 +321,7 @@ def test_explain_prints_a_gradient_and_a_step(tmp_path, text, monkeypatch, capsy
 
 def test_explain_refuses_a_short_text(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("short", encoding="utf-8")
-    with pytest.raises(SystemExit, match="the text has 5 characters; this script needs at least 330"):
+    with pytest.raises(
+        SystemExit, match="the text has 5 characters; this script needs at least 330"
+    ):
         run(monkeypatch, tmp_path / "text.txt", script=explain)

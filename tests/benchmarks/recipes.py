@@ -163,7 +163,7 @@ def plot(options: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     runs = json.loads(options.json.read_text())
@@ -177,6 +177,9 @@ def plot(options: argparse.Namespace) -> None:
     axes.set(
         xlabel="seconds of training", ylabel="validation loss, nats per character", xscale="log"
     )
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(options.picture, dpi=110, bbox_inches="tight")
