@@ -3,9 +3,9 @@
 lightning_logs/version_3/checkpoints/best.ckpt  the lowest validation loss at the longest context
 lightning_logs/version_3/checkpoints/last.ckpt  after each validation, at the end, and on a signal
 
-`torch.load(weights_only=True)` runs no code, but a one-kilobyte file can make it exhaust
-memory (compressed records, `bytearray(10**10)`, a tensor with stride 0). The checks at the end of
-this file refuse such files.
+`torch.load(weights_only=True)` runs no code, but a small file can exhaust memory there (compressed
+records, `bytearray(10**10)`) or later (a tensor with stride 0). The checks at the end of this file
+refuse such files.
 """
 
 import math
@@ -40,7 +40,7 @@ PARTS |= dict(loops=dict, callbacks=dict, optimizer_states=list)
 NO_TRAINING_STATE: dict[str, Any] = dict(loops={}, callbacks={}, optimizer_states=[])
 
 MAX_PICKLE_BYTES = 4 << 20  # of everything but the tensors' data: about 140 bytes per tensor
-MAX_TUPLES = 40_000  # four per tensor; hashing a tuple nested more deeply overflows the C stack
+MAX_TUPLES = 40_000  # four per tensor; hashing tuples nested deeper than that overflows the C stack
 MAX_DEPTH = 20  # of nested collections; Lightning's loops need 8
 GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain values onto the CPU.
 
     Raises:
-        UserError: the file is damaged, contains code, or lacks this version's checkpoint format.
+        UserError: the file is damaged, contains code, or is not in this version's format.
     """
     checkpoint = read_tensors_and_plain_values(Path(path))
     parts = NO_TRAINING_STATE | checkpoint if isinstance(checkpoint, dict) else {}
@@ -247,7 +247,7 @@ def check_archive(archive: zipfile.ZipFile, file_size: int) -> int:
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > file_size:
-        raise UserError("has compressed or too large records: torch.save did not write it")
+        raise UserError("has compressed or oversized records: torch.save did not write it")
     (entry,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
     if entry.file_size > MAX_PICKLE_BYTES:
         raise UserError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB of non-tensor data")

@@ -52,7 +52,7 @@ class GenerationConfig:
 def uniform(seed: int, sample: int, position: int) -> float:
     """A random number in [0, 1) for a character of a text (a counter-based generator).
 
-    It depends only on its arguments (only the low 64 bits of the seed), so a text is the same in
+    It depends only on its arguments (of the seed, on the low 64 bits), so a text is the same in
     any batch, whether or not it is generated in parts. `export/page.js` has the same function.
     """
     bits = mix(position)

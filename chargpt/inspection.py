@@ -1,5 +1,7 @@
 """Attention and the residual stream of each block, recorded while a network runs, and a logit lens.
 
+    import torch
+    import chargpt
     from chargpt.inspection import inspect, logit_lens
 
     model = chargpt.load()

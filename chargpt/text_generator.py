@@ -51,7 +51,7 @@ class TextGenerator(nn.Module):
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """The continuation, character by character as it is generated.
 
-        With stop strings, output lags by one less than the length of the longest.
+        With stop strings, output lags by up to n - 1 characters, n being the length of the longest.
         """
         chunks = self.write([prompt], GenerationConfig(**settings))
         return (text for _, text, _ in chunks if text)

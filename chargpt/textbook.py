@@ -4,10 +4,10 @@
     python -m chargpt.textbook path/to/input.txt --small     # your own text
     python -m chargpt.textbook                               # the base size: better on a GPU
 
-Three names need explaining (the lecture starts with a bigram model and extends it):
+Three names need explaining:
 
     epochs            training steps (elsewhere, an epoch is one pass over the text)
-    BigramLangModel   the whole GPT
+    BigramLangModel   the whole GPT (Karpathy's lecture starts with a bigram model and extends it)
     n_embed           channels, C (`n_embd` in the rest of the package)
 
 The letters in shapes:
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- Hyperparameters: chosen by hand; all other numbers are learned ----------------------------
+# --- Hyperparameters: chosen by hand; the weights are learned -----------------------------------
 
 block_size = 256  # T: maximum context length, in characters
 batch_size = 64  # B: sequences per training step
@@ -38,7 +38,7 @@ n_head = 6  # H
 n_layer = 6  # transformer blocks
 dropout = 0.2  # fraction of activations set to zero during training
 eval_interval = 500  # steps between loss estimates
-eval_characters = 50_000  # characters of each split per estimate
+eval_characters = 50_000  # of each split per estimate, at least
 
 # Two minutes on two CPU cores. A network this small tolerates a higher learning rate, and makes too
 # few passes over the text to overfit, so it needs no dropout.

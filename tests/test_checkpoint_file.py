@@ -177,7 +177,7 @@ def test_an_archive_that_is_longer_than_its_file_is_refused(tmp_path):
     path = with_records(tmp_path / "a.ckpt")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data/99", bytes(1 << 20))
-    assert "compressed or too large records" in refusal(path)
+    assert "compressed or oversized records" in refusal(path)
 
 
 def test_other_files_are_refused_by_what_is_wrong(tmp_path):

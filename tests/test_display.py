@@ -74,7 +74,7 @@ def test_a_run_ends_with_its_best_loss_and_the_command_that_generates_from_it(tm
     assert end[0] == "best validation loss 1.5000 (marked *), after step 8"
     assert end[1].startswith("steps since then: 4;")
     path = folder / "checkpoints" / "best.ckpt"
-    assert end[2] == f"generate with it: python -m chargpt predict --ckpt_path '{path}'"
+    assert end[2] == f"generate from it: python -m chargpt predict --ckpt_path '{path}'"
     improving = shown(tmp_path / "improving", module=with_losses(2.0, 1.5, 1.25))
     assert "since then" not in improving
 

@@ -239,7 +239,7 @@ class RunCheckpoint(Checkpoint):
         loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop.total_batch_idx + 1
         if not 0 < batches == trainer.global_step * trainer.accumulate_grad_batches:
             return False
-        due = loop._should_check_val_fx(None)  # type: ignore[arg-type]  # of loaders with a length
+        due = loop._should_check_val_fx(None)  # type: ignore[arg-type]  # unused if data is endless
         return not due or self.validated_batch == batches - 1
 
     def on_load_checkpoint(
@@ -303,9 +303,9 @@ def check_resumable(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def adapt_callback_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Keep the saved counters of callbacks, but neither their settings nor paths outside this run.
+    """Keep the saved counters of callbacks, but neither their settings nor their paths.
 
-    Settings come from the command; paths become files in this run folder, which may have moved.
+    Settings come from the command; paths become files in the callback's folder: a run may move.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint.get("callbacks", {}).get(callback.state_key)

@@ -124,9 +124,7 @@ class RunReport(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards or self.show_samples:
             gpt = copy(module.gpt)
-            gpt.config = replace(
-                gpt.config, block_size=module.context
-            )  # no longer than those it trained on
+            gpt.config = replace(gpt.config, block_size=module.context)  # what it has seen
             generator = TextGenerator(gpt, module.vocabulary)
             text = generator.complete(max_new_chars=SAMPLE_CHARS, seed=module.config.seed)
             indented = "\n".join("    " + line for line in text.splitlines())  # Markdown: verbatim
@@ -145,7 +143,7 @@ class RunReport(Callback):
                 why = "if val_loss rose while train_loss fell, the network is overfitting"
                 write(f"steps since then: {more}; {why}")
             path = shlex.quote(str(self.run.path(BEST)))
-            write(f"generate with it: python -m chargpt predict --ckpt_path {path}")
+            write(f"generate from it: python -m chargpt predict --ckpt_path {path}")
 
 
 def step_of(trainer: Trainer) -> str:

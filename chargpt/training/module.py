@@ -49,7 +49,7 @@ class TrainingConfig(GPTConfig):
     warmup_steps: int = 0
     """Learning rate warm-up: steps over which it rises from zero."""
     schedule: Literal[tuple(SCHEDULES)] = "constant"  # type: ignore[valid-type]
-    """Learning rate schedule; cosine and linear decay, in the end to min_lr_ratio of the peak."""
+    """Learning rate schedule; cosine and linear fall to min_lr_ratio of the peak."""
     min_lr_ratio: float = 0.0
     """Final learning rate, as a fraction of the peak."""
     short_contexts: dict[int, float] | None = None
@@ -101,8 +101,9 @@ class GPTModule(LightningModule):
         """A module that starts with the weights of a checkpoint, for a new run on any text.
 
         `path` is a file, or "best" (the default) or "last" for that checkpoint of the newest run.
-        `settings` are training settings and dropout rates; all others come from the checkpoint.
-        Characters that only the new text has are appended to the vocabulary.
+        `settings` are training settings and dropout rates, by default those of `TrainingConfig`;
+        the other settings of the network come from the checkpoint. Characters that only the new
+        text has are appended to the vocabulary.
         """
         start = load(path)
         network = {name: getattr(start.gpt.config, name) for name in WEIGHT_SETTINGS}
@@ -111,7 +112,7 @@ class GPTModule(LightningModule):
         return module
 
     def build(self, vocabulary: Vocabulary) -> None:
-        """Create the network for a vocabulary; its initial weights depend only on the seed."""
+        """Create the network: random weights by the seed, then those of `initial`, if given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
@@ -151,9 +152,9 @@ class GPTModule(LightningModule):
             self.build(known.extended(datamodule_of(trainer).corpus.vocabulary))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # On all ranks, so that all stop; earlier checkpoints are left alone.
+        # All ranks check, so that all stop; earlier checkpoints are kept.
         if not all(p.isfinite().all() for p in self.gpt.parameters()):
-            raise diverged("a weight", math.nan, self.global_step)
+            raise diverged("a weight", "not finite", self.global_step)
         checkpoint["vocabulary"] = self.vocabulary.characters
         checkpoint.setdefault("chargpt", {}).update(OURS, context=self.context)
 
@@ -199,7 +200,8 @@ class GPTModule(LightningModule):
         hidden = self.hidden_states(self.gpt, ids)
         loss = self.loss(hidden, targets)
         if self.logs_this_step:  # the mean over ranks, so that all raise together
-            mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")  # in place
+            copy = loss.detach().clone()  # it is reduced in place
+            mean = self.trainer.strategy.reduce(copy, reduce_op="mean")
             if not math.isfinite(mean.item()):
                 raise diverged("training loss", mean.item(), self.global_step + 1)
             self.log("train_loss", mean, prog_bar=True)
@@ -326,7 +328,7 @@ def datamodule_of(trainer: Trainer) -> CharDataModule:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
-def diverged(what: str, value: float, step: int) -> UserError:
+def diverged(what: str, value: float | str, step: int) -> UserError:
     return UserError(
         f"{what} is {value} at step {step}: training has diverged\nearlier checkpoints are kept; "
         "try a lower --model.lr, warm-up, or --trainer.gradient_clip_val 1"

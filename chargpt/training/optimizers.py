@@ -22,7 +22,7 @@ POLAR_EXPRESS = (
 def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """Orthogonalize matrices (..., rows, columns) with Newton-Schulz iterations.
 
-    Nonzero singular values move close to 1, closer with more steps (at most len(POLAR_EXPRESS));
+    Nonzero singular values move toward 1, closer with more steps (at most len(POLAR_EXPRESS));
     singular vectors are unchanged. It computes in bfloat16 on CUDA, and in float32 elsewhere:
     bfloat16 is very slow on CPUs that lack instructions for it.
     """
@@ -127,11 +127,11 @@ def make_muon(module: nn.Module, blocks: nn.Module, config: Any, fused: bool) ->
 
 
 # Each takes the module whose parameters are trained, the blocks of its network, the TrainingConfig,
-# and whether a fused kernel may be used. A group's `initial_lr` is its peak learning rate.
+# and whether a fused kernel may be used (Muon decides itself). `initial_lr` is a group's peak rate.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": make_muon}
 
-# From 1 (the peak learning rate) to 0 (min_lr_ratio of it), as a function of the optimizer steps so
-# far, the fraction of the run completed, and its number of steps (None if only time limits it).
+# Each returns a factor from 1 (the peak learning rate) to 0 (min_lr_ratio of it) for the optimizer
+# steps so far, the fraction of the run completed, and its steps (None if only time limits it).
 SCHEDULES: dict[str, Callable[[int, float, int | None], float]] = {
     "constant": lambda step, progress, total_steps: 1.0,
     "cosine": lambda step, progress, total_steps: 0.5 * (1 + math.cos(math.pi * progress)),

@@ -88,9 +88,7 @@ def make_trainer(
         callbacks += [RunReport(run, show_samples), Throughput()]
     if limit_train_batches is not None:  # a new loader starts at the next step
         settings["reload_dataloaders_every_n_epochs"] = 1
-    settings["val_check_interval"] *= settings[
-        "accumulate_grad_batches"
-    ]  # Lightning counts batches
+    settings["val_check_interval"] *= settings["accumulate_grad_batches"]  # now in batches
     plugins.append(AtomicCheckpointIO())
     settings |= dict(callbacks=callbacks, logger=logger, plugins=plugins, default_root_dir=root)
     try:
@@ -117,7 +115,7 @@ def run_checkpoint(
 
 
 def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
-    """Users' ModelCheckpoints write beside ours, but never to last.ckpt or best.ckpt."""
+    """ModelCheckpoints without a `dirpath` write beside ours, never to last.ckpt or best.ckpt."""
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             same_names = callback.save_last or str(callback.filename).lower() in ("last", "best")
