@@ -112,7 +112,7 @@ def data_dir(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """2,000 characters, 23 distinct, the same each time."""
+    """2,000 characters, 35 distinct, the same each time."""
     random.seed(1)
     lines = (" ".join(random.choices(WORDS, k=6)).capitalize() + ".\n" for _ in range(80))
     return "".join(lines)[:2000]

@@ -104,7 +104,7 @@ def test_the_first_step_is_shown_beside_random_guessing_and_logged(tmp_path, acc
 
 
 def test_a_log_file_has_lines_and_nothing_else(tmp_path):
-    """Seven validations, as many as `fit --config cpu` has."""
+    """Seven validations; `fit --config cpu` has five."""
     out = shown(tmp_path, max_steps=28)
     lines = out.splitlines()
     assert len(lines) <= 25

@@ -1,7 +1,7 @@
 """The lesson (chargpt/README.md): its code runs and prints what the page says.
 
 After a change, `python tests/test_lesson.py` writes the printed numbers into the page. (The blocks
-marked `trained` come from `python -m chargpt.explain` with the real text.)
+marked `trained` come from runs with the real text, such as `python -m chargpt.explain`.)
 """
 
 import ast

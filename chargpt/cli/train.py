@@ -247,7 +247,7 @@ class TrainingCLI(LightningCLI):
         self.use_network(asdict(self.initial[0].config), path)
 
     def use_network(self, network: dict[str, Any], path: Path) -> None:
-        """Set the network's settings, whatever files say; a flag that differs is refused."""
+        """Set the settings that decide weights, whatever files say; a flag that differs is refused."""
         changes = []
         for name in WEIGHT_SETTINGS:
             flag = "data.block_size" if name == "block_size" else f"model.{name}"
