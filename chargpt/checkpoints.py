@@ -31,7 +31,7 @@ LOGS = "lightning_logs"
 FOLDER = "checkpoints"  # in a run folder
 BEST = "best.ckpt"
 LAST = "last.ckpt"
-NETWORK_SETTINGS = [field.name for field in fields(GPTConfig)]
+NETWORK_SETTINGS = tuple(field.name for field in fields(GPTConfig))
 WEIGHT_SETTINGS = [name for name in NETWORK_SETTINGS if not name.endswith("dropout")]
 OURS: dict[str, Any] = dict(version=chargpt.__version__, network=NETWORK_SETTINGS)
 PARTS: dict[str, type] = dict(state_dict=dict, hyper_parameters=dict, global_step=int)

@@ -373,8 +373,9 @@ def test_a_validation_text_leaves_the_whole_corpus_to_training(tmp_path):
 def test_a_validation_text_with_unknown_characters_is_refused_by_name(tmp_path):
     data = make_data(tmp_path, val_corpus=write_val(tmp_path, "hedge fed z"))
     data.setup()
-    with pytest.raises(UserError, match=r"val.txt has characters .* does not know: \['z'\]"):
-        data.val_dataloader()
+    for loader in (data.train_dataloader, data.val_dataloader):  # before a step is taken
+        with pytest.raises(UserError, match=r"val.txt has characters .* does not know: \['z'\]"):
+            loader()
 
 
 def test_a_changed_validation_text_is_refused_unless_it_is_named(tmp_path):

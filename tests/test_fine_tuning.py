@@ -73,13 +73,20 @@ def test_it_learns_text_and_characters_that_the_checkpoint_did_not_know(run, com
     assert "é" in model.complete("Th", max_new_chars=200, seed=1)
 
 
-@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
-def test_a_fine_tuned_run_resumes_exactly(run, command, settings):
-    flags = [f"--model.{name}={value}" for name, value in settings.items()]
+AVERAGES = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+
+
+@pytest.mark.parametrize(
+    "settings, callbacks",
+    [({}, []), (MUON, []), ({}, AVERAGES)],
+    ids=["adamw", "muon", "averages"],
+)
+def test_a_fine_tuned_run_resumes_exactly(run, command, settings, callbacks):
+    flags = [*callbacks, *(f"--model.{name}={value}" for name, value in settings.items())]
     base = f"--init_from={RUNS / 'version_0/checkpoints/best.ckpt'}"
     assert command(run, *START, base, *flags).status == 0
     assert command(run, *START, base, *flags, "--trainer.max_steps=4").status == 0
-    result = command(run, "fit", "--ckpt_path=last", "--trainer.max_steps=8")
+    result = command(run, "fit", *callbacks, "--ckpt_path=last", "--trainer.max_steps=8")
     assert result.status == 0, result.err
     assert_same(read(run, 2)["state_dict"], read(run, 1)["state_dict"])
     assert_same(read(run, 2)["optimizer_states"], read(run, 1)["optimizer_states"])

@@ -554,6 +554,7 @@ HARMLESS: dict[str, Callable[[dict[str, Any]], None]] = {
     "an order that is code": data(order="os.system"),
     "data settings nested without end": data(other=laughs()),
     "no data settings": whole(datamodule_hyper_parameters={}),
+    "a corpus that is a list": whole(datamodule_hyper_parameters={"corpus": [1]}),
     "loops that are nothing": whole(loops={}),
     "loops that are text": whole(loops="loops"),
     "a step without bounds": whole(global_step=10**300),

@@ -270,6 +270,20 @@ def with_different_code() -> TextGenerator:
 
 
 @needs_node
+def test_a_network_in_training_mode_is_exported_without_dropout(tmp_path):
+    path = make_page(tmp_path, make_generator(dropout=0.5).train())
+    assert node(path, "check_example(gpt, DATA.example); true")
+
+
+def test_a_network_whose_logits_overflow_is_refused(tmp_path):
+    generator = make_generator()
+    with torch.no_grad():
+        generator.gpt.head.weight.fill_(3e38)
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        make_page(tmp_path, generator)
+
+
+@needs_node
 def test_a_network_whose_code_has_changed_is_noticed(tmp_path):
     script = """
     (() => { try { check_example(gpt, DATA.example) } catch (error) { return error.message } })()
@@ -365,7 +379,8 @@ SERVE = """
 (async () => {
   const messages = [];
   const server = new Server((message) => messages.push(message));
-  server.answer({ type: "load", job: 1, config: DATA.config, vocab_size: gpt.vocab_size, weights: DATA.weights, base64 });
+  server.answer({ type: "load", job: 1, config: DATA.config, vocab_size: gpt.vocab_size, weights: DATA.weights, base64, example: DATA.example });
+  if (messages[0].type !== "loaded") throw new Error(messages[0].message);
   for (const message of input) {
     if (message.settings) message.settings.seed = BigInt(message.settings.seed);
     await server.answer(message);

@@ -298,6 +298,19 @@ def test_ctrl_c_saves_no_nan(tmp_path):
     assert read_checkpoint(last(tmp_path))["global_step"] == 4
 
 
+def test_a_signal_before_min_steps_stops_a_run_that_was_asked_to_stop_early(tmp_path):
+    """Lightning does not validate before min_steps, so there is no validation to wait for."""
+
+    class StopsEarly(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            trainer.should_stop = True
+
+    late = dict(min_steps=10, val_check_interval=100)
+    with pytest.raises(SystemExit):
+        run(tmp_path, StopsEarly(), StopAt("on_train_batch_start", 3, signal.SIGTERM), **late)
+    assert read_checkpoint(last(tmp_path))["global_step"] == 3
+
+
 def test_a_time_limit_within_an_accumulation_waits_for_the_optimizer_step(tmp_path):
     """A run that gets more time then resumes exactly."""
 

@@ -247,7 +247,7 @@ class TrainingCLI(LightningCLI):
         self.use_network(asdict(self.initial[0].config), path)
 
     def use_network(self, network: dict[str, Any], path: Path) -> None:
-        """Set the settings that decide weights, whatever files say; a flag that differs is refused."""
+        """Set the network's settings, whatever files say; a flag that differs is refused."""
         changes = []
         for name in WEIGHT_SETTINGS:
             flag = "data.block_size" if name == "block_size" else f"model.{name}"
@@ -318,7 +318,10 @@ class TrainingCLI(LightningCLI):
             callbacks.append(LambdaCallback(on_fit_start=self.write_config))
             if folder := self.checkpoint_path and run_of(self.checkpoint_path):
                 callbacks.append(RunCheckpoint(folder))
-        if self.checkpoint:  # texts must not have changed, except those that are scored instead
+        if self.checkpoint:
+            # Now, since a copy of the network (WeightAveraging) is made before weights are loaded.
+            self.model.build(Vocabulary(self.checkpoint["vocabulary"]))
+            # Texts must not have changed, except those that are scored instead.
             self.datamodule.trained = self.checkpoint["datamodule_hyper_parameters"]
             if self.command != "fit":
                 names = ("corpus", "val_corpus")
@@ -400,7 +403,7 @@ def restored_settings(checkpoint: dict[str, Any], path: Path, with_trainer: bool
         stored, name = data.get(key), data.get(f"{key}_name")
         if isinstance(stored, str) and isinstance(name, str) and not os.path.exists(stored):
             data[key] = name
-    if not (data.keys() >= TEXT_RECORD or data.get("corpus") in NAMED_TEXTS):
+    if not (data.keys() >= TEXT_RECORD or str(data.get("corpus")) in NAMED_TEXTS):
         data.pop("corpus", None)  # nothing says that it is the text that was trained on
     if not data.keys() >= VAL_RECORD:
         data["val_corpus"] = None

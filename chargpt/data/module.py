@@ -161,12 +161,13 @@ class CharDataModule(LightningDataModule):
         h, trainer = self.hparams, self.trainer
         network = trainer.lightning_module if trainer else None
         known: Vocabulary = getattr(network, "vocabulary", self.vocabulary)  # its ids are served
-        if unknown := set(text.vocabulary.characters) - set(known.characters):
-            raise UserError(
-                f"{text.source.path} has characters that the network does not know: "
-                f"{sorted(unknown)[:5]}\nuse a text without them; or add those of a training text "
-                "to the network, in a new run with fit --init_from"
-            )
+        for corpus in (text, self.val_corpus):  # now, not at the first validation
+            if unknown := set(corpus.vocabulary.characters) - set(known.characters):
+                raise UserError(
+                    f"{corpus.source.path} has characters that the network does not know: "
+                    f"{sorted(unknown)[:5]}\nuse a text without them; or add those of a training "
+                    "text to the network, in a new run with fit --init_from"
+                )
         if text.vocabulary != known:
             settings["ids"] = known.encode(text.vocabulary.characters)
         if trainer:

@@ -77,7 +77,7 @@ def describe_training(checkpoint: dict[str, Any]) -> tuple[str, str]:
         f"""\
 ## Training
 
-Trained for {step:,} steps on {corpus}. To repeat it, save the settings below as `settings.yaml`:
+Trained for {step:,} steps on {corpus}, with the settings below in `settings.yaml`:
 
     chargpt fit --config settings.yaml --trainer.max_steps {step}
 

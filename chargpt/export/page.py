@@ -164,11 +164,13 @@ def example(gpt: GPT, dtype: str) -> dict[str, list[Any]]:
 
     It catches what no setting reveals: network code that page.js no longer matches.
     """
-    gpt = copy.deepcopy(gpt).float()
+    gpt = copy.deepcopy(gpt).to("cpu", torch.float32).eval()
     for parameter in gpt.parameters():
         parameter.copy_(parameter.to(DTYPES[dtype]))  # as the page stores them
     ids = random_ids(gpt, min(16, gpt.config.block_size))[:1]
     logits = gpt(ids)[0, -1, :100]
+    if not logits.isfinite().all():
+        raise UserError("the network's logits are NaN or infinite")
     return {"ids": ids[0].tolist(), "logits": [round(logit, 4) for logit in logits.tolist()]}
 
 

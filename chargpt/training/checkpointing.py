@@ -237,7 +237,8 @@ class RunCheckpoint(Checkpoint):
         It would after an optimizer step, unless a validation that is due then has not run yet.
         """
         loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop.total_batch_idx + 1
-        if not 0 < batches == trainer.global_step * trainer.accumulate_grad_batches:
+        stepped = 0 < batches == trainer.global_step * trainer.accumulate_grad_batches
+        if trainer.val_check_batch is None or not stepped:  # None: before the first step
             return False
         due = loop._should_check_val_fx(None)  # type: ignore[arg-type]  # unused if data is endless
         return not due or self.validated_batch == batches - 1

@@ -42,6 +42,7 @@ class StepProgressBar(TQDMProgressBar):
         bar = super().init_train_tqdm()
         bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
         bar.leave = False
+        bar.set_description_str(step_of(self.trainer), refresh=False)
         bar.reset(total=1.0)  # the whole run, in steps or in time, whichever limits it
         return bar
 
