@@ -80,8 +80,8 @@ class Vocabulary:
             shown = ascii(c) if unicodedata.combining(c) else repr(c)  # drawn over the quote
             hint = f", nearest known: {nearest}" if nearest else ""
             named.append(f"{shown} (U+{ord(c):04X}) at position {text.index(c)}{hint}")
-        if len(unknown) > MAX_NAMED:
-            named.append(f"and {len(unknown) - MAX_NAMED:,} other characters")
+        if (more := len(unknown) - MAX_NAMED) > 0:
+            named.append(f"and {more:,} more")
         message = (
             f"unknown character{'s' * (len(unknown) > 1)} {'; '.join(named)} "
             f"(positions count from 0; the vocabulary has {len(self):,} characters)"

@@ -397,7 +397,7 @@ class Vocabulary {
   describe_unknown(text) {
     const unknown = [...new Set(text)].filter((character) => !this.ids.has(character));
     const named = unknown.slice(0, MAX_NAMED).map((character) => this.describe(character, text.indexOf(character)));
-    if (unknown.length > MAX_NAMED) named.push(`and ${grouped(unknown.length - MAX_NAMED)} other characters`);
+    if (unknown.length > MAX_NAMED) named.push(`and ${grouped(unknown.length - MAX_NAMED)} more`);
     return (
       `unknown character${unknown.length > 1 ? "s" : ""} ${named.join("; ")} (positions count from 0; ` +
       `the vocabulary has ${grouped(this.characters.length)} characters)`

@@ -76,7 +76,7 @@ class TrainingConfig(GPTConfig):
             raise UserError("optimizer adamw takes no muon_lr; set muon_lr to null")
         for length, until in (self.short_contexts or {}).items():
             if length < 1 or self.block_size % length or not 0 < until <= 1:
-                rule = f"lengths must divide block_size {self.block_size}, fractions be in (0, 1]"
+                rule = f"lengths must divide block_size {self.block_size}; fractions are in (0, 1]"
                 raise UserError(f"short_contexts has {length}: {until}; {rule}")
 
 

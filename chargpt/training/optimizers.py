@@ -22,7 +22,7 @@ POLAR_EXPRESS = (
 def orthogonalize(matrices: Tensor, ns_steps: int) -> Tensor:
     """Orthogonalize matrices (..., rows, columns) with Newton-Schulz iterations.
 
-    Nonzero singular values move toward 1, closer with more steps (at most len(POLAR_EXPRESS));
+    Nonzero singular values are brought near 1, nearer with more steps (up to len(POLAR_EXPRESS));
     singular vectors are unchanged. It computes in bfloat16 on CUDA, and in float32 elsewhere:
     bfloat16 is very slow on CPUs that lack instructions for it.
     """

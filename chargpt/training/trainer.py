@@ -115,7 +115,7 @@ def run_checkpoint(
 
 
 def keep_names_apart(callbacks: list[Callback], folder: Path) -> None:
-    """ModelCheckpoints without a `dirpath` write beside ours, never to last.ckpt or best.ckpt."""
+    """ModelCheckpoints without a `dirpath` write beside ours, or in own/ if names would clash."""
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             same_names = callback.save_last or str(callback.filename).lower() in ("last", "best")
