@@ -195,6 +195,22 @@ def test_a_checkpoint_within_an_accumulation_is_refused(tmp_path):
 # ---- runs that could not be resumed are refused at their start ----
 
 
+def test_the_number_of_sequences_per_step_changes_only_if_it_is_asked_for(run, command):
+    checkpoint = read_checkpoint(last(run / RUN))
+    checkpoint["chargpt"]["sequences_per_step"] *= 2  # as if it had run on two devices
+    torch.save(checkpoint, last(run / RUN))
+    result = command(run, *RESUME)
+    assert (result.status, "8 sequences per step, but this command" in result.err) == (1, True)
+    assert "add --trainer.devices 2" in result.err
+    result = command(run, *RESUME, "--data.batch_size=4")
+    assert result.status == 0, result.err
+
+
+def test_the_part_of_the_split_that_is_validated_cannot_be_changed(run, command):
+    result = command(run, *RESUME, "--trainer.limit_val_batches=1")
+    assert (result.status, "limit_val_batches is None in" in result.err) == (1, True), result.err
+
+
 def test_accumulation_cannot_be_changed_when_a_run_resumes(run, command):
     result = command(run, *RESUME, "--trainer.accumulate_grad_batches=2")
     assert (result.status, "accumulate_grad_batches is 1" in result.err) == (1, True), result.err

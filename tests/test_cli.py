@@ -308,6 +308,15 @@ def test_another_block_size_is_refused(trained, command):
     assert_plain(result, 1, "block_size is 8 in the checkpoint and cannot be changed to 16")
 
 
+def test_another_block_size_is_possible_with_rotary_positions(folder, command):
+    first = ["--config=tiny.yaml", "--model.position=rotary", "--trainer.max_steps=2"]
+    assert command(folder, "fit", *first).status == 0
+    result = command(folder, *RESUME, "--trainer.max_steps=4", "--data.block_size=16")
+    assert result.status == 0, result.err
+    assert "data.block_size 8 -> 16" in result.err
+    assert read(folder / LAST)["hyper_parameters"]["block_size"] == 16
+
+
 @pytest.mark.parametrize("name", [*TRAINING, "predict"])
 def test_help_explains_each_argument(name, command, tmp_path):
     result = command(tmp_path, name, "--help")
@@ -360,6 +369,8 @@ def test_flags_of_the_trainer_work(folder, command, flag, kept):
     else:
         assert names(folder) == {"text.txt", "tiny.yaml"}
     assert not (folder / "config.yaml").exists()
+    assert bool([*folder.rglob("*.ckpt")]) == (kept not in (None, RUN))
+    assert bool([*folder.rglob("events*")]) == (kept is not None and flag != "logger=false")
 
 
 # ---- messages of a run ----
@@ -377,13 +388,6 @@ def test_the_summary_names_model_text_and_device(folder, command):
     assert f"2,000 characters, {characters} distinct\n         {counts}\n" in result.err
     assert "batch    4 sequences of 8 characters\n" in result.err
     assert "device   cpu, precision 32-true" in result.err
-
-
-def test_bf16_on_a_cpu_prints_a_warning(folder, command):
-    flags = ("--trainer.precision=bf16-mixed", "--trainer.fast_dev_run=true")
-    result = command(folder, "fit", "--config=tiny.yaml", *flags)
-    assert result.status == 0, result.err
-    assert "warning: bf16 is slower" in result.err
 
 
 def test_a_fallback_is_announced_and_recorded(folder, command):
@@ -479,7 +483,7 @@ CONFIGS = {
         (["--data.corpus=none.txt"], 1, "there is no text 'none.txt'"),
         (["--data.corpus=empty.txt"], 1, "fewer than two different characters"),
         (["--data.corpus=one.txt"], 1, "two different characters"),
-        (["--data.corpus=binary.txt"], 1, "binary.txt"),
+        (["--data.corpus=binary.txt"], 1, "binary.txt is not UTF-8 text: byte 0x89 at offset 0"),
         (["--data.corpus=nothing"], 1, "no .txt file"),
         (["--data.block_size=2000"], 1, "leaves 1,600"),
         (["--data.val_fraction=0.0001"], 1, "validation needs 2 characters"),

@@ -204,6 +204,7 @@ def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit,
         ["validate", "--data.val_fraction=0.5"],
         ["validate", "--data.test_fraction=0.5"],
         [*RESUME, "--data.val_fraction=0.3"],
+        [*RESUME, "--data.val_fraction=0.05"],
         [*RESUME, "--data.test_fraction=0.3"],
     ],
     ids=" ".join,
@@ -211,7 +212,8 @@ def test_the_best_checkpoint_is_not_guessed_from_the_name_of_a_file(folder, fit,
 def test_a_split_that_was_trained_on_is_refused(run, command, args):
     before = contents(run)
     name = args[-1].partition("=")[0].removeprefix("--data.")
-    assert_error(command(run, *args), 1, name)
+    reason = "cannot be changed" if args[0] == "fit" else "were trained on"
+    assert_error(command(run, *args), 1, name, reason)
     assert contents(run) == before
 
 
@@ -478,7 +480,7 @@ def test_a_plain_trainer_that_counts_batches_ends(folder):
     assert trainer.global_step == 6
 
 
-def test_a_checkpoint_of_a_plain_trainer_can_be_resumed_or_is_refused_plainly(folder, command):
+def test_a_checkpoint_of_a_plain_trainer_is_refused_plainly(folder, command):
     limits = dict(max_steps=4, limit_train_batches=4, limit_val_batches=1, logger=False)
     trainer = plain_trainer(folder, **limits)
     trainer.fit(chargpt.GPTModule(**SIZES), datamodule=char_data(folder))
@@ -486,9 +488,7 @@ def test_a_checkpoint_of_a_plain_trainer_can_be_resumed_or_is_refused_plainly(fo
     trainer.save_checkpoint(path)
     flags = ("--config=tiny.yaml", "--data.test_fraction=0", "--seed_everything=1")
     result = command(folder, "fit", f"--ckpt_path={path}", *flags)
-    if result.status:
-        assert_error(result, 1)
-    assert "Traceback" not in result.err
+    assert_error(result, 1, "cannot be resumed exactly")
 
 
 # ---- checkpoints and vocabularies that do not fit ----
@@ -523,11 +523,6 @@ def test_a_network_setting_that_this_version_does_not_know_is_refused_by_name(
     assert contents(run) == before
 
 
-def test_loading_refuses_an_unknown_network_setting_by_name(from_the_future):
-    with pytest.raises(UserError, match="gate_width"):
-        chargpt.load(from_the_future)
-
-
 @pytest.mark.parametrize("characters", ["abc", "abcdefgh"])
 def test_a_vocabulary_of_another_size_than_the_network_is_refused(characters):
     config = chargpt.GPTConfig(block_size=8, n_embd=8, n_head=2, n_layer=1)
@@ -540,11 +535,9 @@ def test_a_vocabulary_of_another_size_than_the_network_is_refused(characters):
 # ---- tracebacks ----
 
 
-def test_a_strategy_that_starts_processes_ends_without_a_traceback(folder, fit):
+def test_a_strategy_that_spawns_processes_is_refused(folder, fit):
     result = fit("--trainer.strategy=ddp_spawn", "--trainer.devices=1", "--trainer.max_steps=1")
-    if result.status:
-        assert_error(result, 1)
-    assert "Traceback" not in result.err
+    assert_error(result, 1, "ddp_spawn", "use ddp")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")

@@ -157,6 +157,7 @@ def test_a_network_built_on_the_meta_device_works_once_weights_are_assigned():
 
 
 def test_ngram_dropout_zeroes_whole_vectors_and_keeps_their_mean():
+    torch.manual_seed(0)
     embedding = NgramEmbedding({2: 50, 3: 70}, n_embd=24, dropout=0.25)
     ids = random_ids(500, 2 + 12)
     nn.init.constant_(embedding.table.weight, 3.0)
@@ -170,8 +171,12 @@ def test_ngram_dropout_zeroes_whole_vectors_and_keeps_their_mean():
 
 @pytest.mark.parametrize(
     "switches",
-    [dict(dropout=0.5), dict(dropout=0.0, attention_dropout=0.5)],
-    ids=["activations", "attention"],
+    [
+        dict(dropout=0.5, attention_dropout=0.0),
+        dict(dropout=0.0, attention_dropout=0.5),
+        dict(dropout=0.0, ngrams={3: 37}, ngram_dropout=0.5),
+    ],
+    ids=["outputs", "attention", "n-grams"],
 )
 def test_dropout_is_active_in_training_only(switches):
     gpt, ids = random_gpt(**switches).train(), random_ids(2, 12)

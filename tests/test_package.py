@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 COMMANDS = """
 import sys
+import chargpt
 from chargpt.__main__ import main  # like the console command
+assert chargpt.__file__.startswith(sys.path[1]), (chargpt.__file__, sys.path)
 for args in (
     "fit --config debug --data.corpus=text.txt --trainer.max_steps=2 --model.norm=plain",
     "predict --generate.prompt=The --generate.max_new_chars=5",

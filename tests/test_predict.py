@@ -150,6 +150,17 @@ def test_texts_are_written_in_order_as_soon_as_they_are_complete(monkeypatch):
     assert written == [[], [], ["éac", "éb"], ["éac", "éb", "éd"]]
 
 
+def test_an_output_file_keeps_what_was_generated_before_an_interruption(tmp_path, monkeypatch):
+    def chunks(*_):
+        yield 0, "abc", False
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "write", chunks)
+    with pytest.raises(KeyboardInterrupt):
+        run(prompt="x", output=str(tmp_path / "out.txt"))
+    assert (tmp_path / "out.txt").read_text() == "xabc"
+
+
 def test_a_single_text_is_streamed_character_by_character(monkeypatch):
     reader = io.BytesIO()
     streamed = []

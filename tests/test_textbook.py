@@ -288,7 +288,9 @@ def test_explain_prints_correct_numbers(tmp_path, text, monkeypatch, capsys):
         )
     assert numbers(matrix.splitlines()[-1]) == pytest.approx(table[:, 1].tolist(), abs=0.006)
 
-    for stream in re.findall(r"the residual stream at position 7\n((?:.*\n){6})", out):
+    streams = re.findall(r"the residual stream at position 7\n((?:.*\n){6})", out)
+    assert len(streams) == 2
+    for stream in streams:
         x, *added, final = (torch.tensor(numbers(row)) for row in stream.splitlines())
         torch.testing.assert_close(x + sum(added), final, rtol=0, atol=4e-3)
 

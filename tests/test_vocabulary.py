@@ -98,11 +98,10 @@ def test_the_error_names_code_point_position_and_similar_characters():
 
 def test_a_newline_that_was_typed_literally_is_explained():
     for known, explained in (("abn", True), ("abn\\", False)):
-        try:
+        with pytest.raises(UserError) as error:
             Vocabulary(known).encode(r"a\nbx")
-        except UserError as error:
-            assert (r"\n is not a newline here" in str(error)) == explained
-            assert len(str(error).splitlines()) == 1 + explained
+        assert (r"\n is not a newline here" in str(error.value)) == explained
+        assert len(str(error.value).splitlines()) == 1 + explained
     with pytest.raises(UserError) as error:
         Vocabulary("abn").encode(r"a\b")
     assert "newline" not in str(error.value)
