@@ -308,6 +308,13 @@ def test_another_block_size_is_refused(trained, command):
     assert_plain(result, 1, "block_size is 8 in the checkpoint and cannot be changed to 16")
 
 
+def test_evaluating_a_run_with_a_time_limit_prints_no_warning(folder, command):
+    limit = ["--trainer.max_time=00:01:00:00", "--trainer.max_steps=2"]  # a callback with a state
+    assert command(folder, "fit", "--config=tiny.yaml", *limit).status == 0
+    result = command(folder, "validate")
+    assert (result.status, "warning" in result.err) == (0, False), result.err
+
+
 def test_another_block_size_is_possible_with_rotary_positions(folder, command):
     first = ["--config=tiny.yaml", "--model.position=rotary", "--trainer.max_steps=2"]
     assert command(folder, "fit", *first).status == 0

@@ -71,7 +71,8 @@ def print_warning(message: Warning | str, category: type[Warning], *_: Any, **__
     """Print a warning in one line, unless it is a library's hint that does not apply here."""
     text = " ".join(str(message).split())
     hints = ("PossibleUserWarning", "DeprecationWarning", "FutureWarning")
-    if not category.__name__.endswith(hints) and "`IterableDataset` has `__len__`" not in text:
+    others = ("`IterableDataset` has `__len__`", "callbacks used to create the checkpoint")
+    if not category.__name__.endswith(hints) and not any(part in text for part in others):
         from tqdm import tqdm
 
         tqdm.write(f"warning: {text}", file=sys.stderr)  # above a progress bar
