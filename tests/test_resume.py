@@ -288,7 +288,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every, step)
 
 
 def test_ctrl_c_saves_no_nan(tmp_path):
-    with pytest.raises(UserError, match="nan at step 6"):
+    with pytest.raises(UserError, match="not finite at step 6"):
         run(
             tmp_path,
             Poison(5),
