@@ -98,7 +98,7 @@ def train(folder: Path) -> None:
     from overhead import PlainLoop
 
     from chargpt.data import CharDataModule
-    from chargpt.training.module import GPTModule
+    from chargpt.training import GPTModule, make_trainer
 
     settings = yaml.safe_load(CONFIG.read_text())
     loops, times = {}, {"large": [], "small": []}
@@ -106,9 +106,10 @@ def train(folder: Path) -> None:
         paths = dict(corpus=str(folder / f"{name}.txt"), data_dir=str(folder))
         data = CharDataModule(**settings["data"] | paths)
         data.setup("fit")
-        loops[name] = PlainLoop(
-            GPTModule(block_size=data.hparams.block_size, **settings["model"]), data
-        )
+        module = GPTModule(block_size=data.hparams.block_size, **settings["model"])
+        module.trainer = make_trainer(fast_dev_run=True, accelerator="cpu")  # has its settings
+        module.build(data.vocabulary)
+        loops[name] = PlainLoop(module, data)
     for n in range(STEPS):
         for name in sorted(times, reverse=n % 2 == 1):
             start = time.perf_counter()
