@@ -263,7 +263,7 @@ def test_logits_match_pytorch(tmp_path, switches, dtype, simd):
 
 
 def with_different_code() -> TextGenerator:
-    """A network with a change that neither a setting nor a weight tells."""
+    """A network with a change that no setting and no weight reveals."""
     generator = make_generator()
     generator.gpt.blocks[0].feed_forward.activation = torch.sigmoid
     return generator
@@ -983,9 +983,9 @@ def test_the_page_stays_responsive_and_can_stop_while_generating(opened):
     opened.click("#write")
     opened.wait("text.characters.length > 100")
     opened.js("select(50)")
-    opened.wait("inside.seen === 50")
+    opened.wait("inside.seen === 50", 2)
     opened.click("#stop")
-    opened.wait("text.ended")
+    opened.wait("text.ended", 2)
     assert opened.text("#status").startswith("Stopped.")
     count = opened.js("text.characters.length")
     assert opened.js("text.characters.length") == count < 10**6
@@ -1065,7 +1065,7 @@ def test_on_a_phone_the_page_fits_and_the_selected_character_is_visible_above_th
         opened.write("abcdefgh" * 30, max_new_chars=900, seed=1)
         assert opened.js("document.documentElement.scrollWidth") == 390
         at_the_end = "scrollHeight - t.scrollTop - t.clientHeight < 2"
-        opened.wait(f"((t) => t.{at_the_end})(document.getElementById('text'))")
+        opened.wait(f"((t) => t.{at_the_end})(document.getElementById('text'))", 2)
         for position in (900, 8):
             opened.js(f"select({position})")
             opened.wait(f"inside.seen === {position}")

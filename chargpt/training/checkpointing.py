@@ -163,7 +163,7 @@ class RunCheckpoint(Checkpoint):
         if not self.received:
             self.received_at = now
         elif signum == signal.SIGINT and now - self.received_at > 1:
-            raise KeyboardInterrupt  # within a second, it is the first one again, from torchrun
+            raise KeyboardInterrupt  # an earlier one is torchrun's copy of the first
         self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
